@@ -1,0 +1,168 @@
+"""A build from a recipe: read the sources, caption, split, fill the queues, write.
+
+A build whose inputs have not changed does nothing: the digest of the recipe, of every raw file, of this package's
+code and of the libraries that shape the output stands in build.json. The raw files are hashed by content, because a
+copied or cloned folder has new time stamps and old bytes.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from .assemble import (
+    Configs,
+    WrittenSplits,
+    content_fingerprint,
+    is_complete,
+    read_build_record,
+    remove_old_data,
+    write_atomically,
+    write_data,
+)
+from .captions import caption_images
+from .card import dataset_card
+from .queue import fill_queues
+from .recipe import Recipe, RecipeError
+from .report import Report, SourceError
+from .schema import Row
+from .sources import READERS
+from .sources.slake import read_boxes
+
+SPLITS = ("train", "validation", "test")
+LIBRARIES = ("bm25s", "datasets", "ImageHash", "pillow", "pyarrow")
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What stands in the folder after a build: rows by configuration and split, and the report in lines."""
+
+    output: Path
+    unchanged: bool
+    content: str
+    rows: dict[str, dict[str, int]]
+    report: list[str]
+
+
+def build(recipe: Recipe, output: Path) -> BuildResult:
+    """Build `recipe`'s dataset into the folder `output`, or find that nothing has changed since the last time.
+
+    Raises SourceError for a source that cannot be read and RecipeError where `output` holds something else.
+    """
+    record = read_build_record(output)
+    if record is None and output.exists() and any(output.iterdir()):
+        raise RecipeError(f"{output}: not empty and not written by this builder; give another --output")
+    inputs = inputs_digest(recipe)
+    if record is not None and record.get("inputs") == inputs and is_complete(output, record):
+        return BuildResult(output, True, record["content"], record["rows"], record["report"])
+    report = Report()
+    configs = make_configs(recipe, report)
+    return write_dataset(output, configs, recipe, report, inputs)
+
+
+def inputs_digest(recipe: Recipe) -> str:
+    """sha256 of all that the output depends on."""
+    digest = hashlib.sha256(repr((recipe.captions, recipe.queue, dict(recipe.default))).encode())
+    digest.update(repr([(name, importlib.metadata.version(name)) for name in LIBRARIES]).encode())
+    code = Path(__file__).parent
+    _hash_files(digest, code, sorted(code.rglob("*.py")))
+    for name, source in recipe.sources.items():
+        if not source.data.is_dir():
+            raise SourceError(f"{source.data}: no such folder; expected {name}'s raw folder")
+        digest.update(repr((name, source.languages)).encode())
+        _hash_files(digest, source.data, sorted(path for path in source.data.rglob("*") if path.is_file()))
+    return digest.hexdigest()
+
+
+def _hash_files(digest: "hashlib._Hash", root: Path, paths: Sequence[Path]) -> None:
+    for path in paths:
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+
+
+def make_configs(recipe: Recipe, report: Report) -> Configs:
+    """The rows of every configuration: `default` and `pretrain` where the recipe wants them, then one a source."""
+    rows = {name: list(READERS[name](source.data, report, source.languages)) for name, source in recipe.sources.items()}
+    pretrain = list(_captioned(recipe, rows, report))
+    every_row = [row for source_rows in rows.values() for row in source_rows]
+    default = {name: default_splits(rows[name], choice) for name, choice in recipe.default.items()}
+    if recipe.queue is not None:
+        fill_queues(every_row, _training_ids(rows, default), recipe.queue)
+    configs = {"default": _joined(default.values())} if default else {}
+    if pretrain:
+        configs["pretrain"] = by_split(pretrain)
+    return configs | {name: by_split(source_rows) for name, source_rows in rows.items()}
+
+
+def _captioned(recipe: Recipe, rows: Mapping[str, Sequence[Row]], report: Report) -> Iterator[Row]:
+    """Caption the sources that the recipe names, and yield the pretrain rows."""
+    for name in recipe.captions:
+        root = recipe.sources[name].data
+        yield from caption_images(rows[name], partial(read_boxes, root, report=report))
+
+
+def by_split(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by their official split, only splits that have any."""
+    splits = {split: [row for row in rows if row["source_split"] == split] for split in SPLITS}
+    return {split: members for split, members in splits.items() if members}
+
+
+def default_splits(rows: Sequence[Row], choice: str | float) -> dict[str, list[Row]]:
+    """A source's part of the mixture: its official splits, or its training rows with the share `choice` held out.
+
+    What is held out is decided by the group's hash, so that all rows of an image go together and adding
+    images moves none. With a share, the official validation and test rows stay out of the mixture. A
+    training row without an answer teaches nothing and stays out too.
+    """
+    parts = by_split(rows)
+    training = [row for row in parts.get("train", []) if row["answer"]]
+    if isinstance(choice, str):
+        return parts | {"train": training}
+    held_out = {row["group"] for row in training if _hash_share(row["group"]) < choice}
+    return {
+        "train": [row for row in training if row["group"] not in held_out],
+        "validation": [row for row in training if row["group"] in held_out],
+    }
+
+
+def _hash_share(group: str) -> float:
+    """A group's place between 0 and 1, even and unrelated to its content."""
+    return int(hashlib.sha256(group.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def _joined(parts: Iterable[dict[str, list[Row]]]) -> dict[str, list[Row]]:
+    members = list(parts)
+    splits = {split: [row for part in members for row in part.get(split, [])] for split in SPLITS}
+    return {split: rows for split, rows in splits.items() if rows}
+
+
+def _training_ids(rows: Mapping[str, Sequence[Row]], default: Mapping[str, Mapping[str, Sequence[Row]]]) -> set[str]:
+    """The ids that may be learned from: the mixture's training rows, and the official ones of sources outside it."""
+    parts = {name: default.get(name) or by_split(source_rows) for name, source_rows in rows.items()}
+    return {row["id"] for part in parts.values() for row in part.get("train", [])}
+
+
+def write_dataset(output: Path, configs: Configs, recipe: Recipe, report: Report, inputs: str) -> BuildResult:
+    """Write data, card, bad_rows.jsonl and build.json, then delete an earlier build's data."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "build.json", "{}\n")  # until the end: ours, but not whole
+    report.write_bad_rows(output / "bad_rows.jsonl")
+    if not any(rows for splits in configs.values() for rows in splits.values()):
+        raise SourceError(f"{output}: no usable row in {', '.join(recipe.sources)} ({'; '.join(report.lines())})")
+    content = content_fingerprint(configs)
+    written = write_data(output, configs, content)
+    write_atomically(output / "README.md", dataset_card(written, recipe.sources, report, content))
+    rows = {config: {s: files.num_examples for s, files in splits.items()} for config, splits in written.items()}
+    record = {"inputs": inputs, "content": content, "rows": rows, "report": report.lines()}
+    record["files"] = _file_sizes(output, written)
+    write_atomically(output / "build.json", json.dumps(record, indent=1) + "\n")
+    remove_old_data(output, content)
+    return BuildResult(output, False, content, rows, report.lines())
+
+
+def _file_sizes(output: Path, written: WrittenSplits) -> dict[str, int]:
+    names = [name for splits in written.values() for files in splits.values() for name in files.files]
+    return {name: (output / name).stat().st_size for name in names}

@@ -1,0 +1,115 @@
+"""The dataset card: README.md with the YAML block that `load_dataset` and the Hub read, and the text that people
+read.
+
+The block names the files of each configuration (`configs`) and their sizes (`dataset_info`); without the sizes
+`load_dataset` could not tell a cut file from a whole one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import DatasetInfo, SplitDict, SplitInfo
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCardData
+
+from .assemble import SplitFiles, WrittenSplits
+from .recipe import SourceOptions
+from .report import Report
+from .schema import FEATURES
+
+CONFIGURATIONS = {
+    "default": "the mixture to train on",
+    "pretrain": "stage 1: an instruction and a caption or a part of it, made from an image's labels and boxes",
+    "slake": "SLAKE with its own splits",
+    "vqa_rad": "VQA-RAD with its own splits",
+}
+SOURCES = {
+    "slake": (
+        "SLAKE",
+        "CC BY 4.0",
+        "Liu et al., *SLAKE: A Semantically-Labeled Knowledge-Enhanced Dataset for Medical Visual Question "
+        "Answering*, ISBI 2021. Its images come from MSD, CHAOS and NIH ChestX-ray8, which keep their terms.",
+    ),
+    "vqa_rad": (
+        "VQA-RAD",
+        "CC0 1.0",
+        "Lau et al., *A dataset of clinically generated visual questions and answers about radiology images*, "
+        "Scientific Data 2018.",
+    ),
+}
+TEXT = """# BioVGQ, as built from {names}
+
+Biomedical visual question answering, for the two training stages of BioD2C. Open it with
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("PATH_OF_THIS_FOLDER")
+```
+
+| configuration | what | rows |
+|---|---|---|
+{configurations}
+
+Every row says where it came from (`source`, `source_split`, `license`); `queue` holds up to 30 texts related to its
+image, of the training split only and never its own answer; `group` must stay on one side of a split. Images are the
+bytes of the sources' files. Captions speak of the viewer's left and right, not the patient's, and say nothing about
+what is not marked in the source. For research; not for diagnosis.
+
+## Sources
+| source | licence | citation |
+|---|---|---|
+{sources}
+
+## What the build met
+{report}
+
+Content {fingerprint}.
+"""
+
+
+def dataset_card(written: WrittenSplits, sources: Mapping[str, SourceOptions], report: Report, fingerprint: str) -> str:
+    """The text of README.md."""
+    names = list(sources)
+    body = TEXT.format(
+        names=" and ".join(SOURCES[name][0] for name in names),
+        configurations="\n".join(_configuration_line(config, splits) for config, splits in written.items()),
+        sources="\n".join(f"| {' | '.join(SOURCES[name])} |" for name in names),
+        report="\n".join(f"- {line}" for line in report.lines()) or "- nothing out of the ordinary",
+        fingerprint=fingerprint,
+    )
+    return f"---\n{_metadata(written, sources).to_yaml()}\n---\n\n{body}"
+
+
+def _configuration_line(config: str, splits: dict[str, SplitFiles]) -> str:
+    counts = ", ".join(f"{split} {files.num_examples}" for split, files in splits.items())
+    return f"| `{config}` | {CONFIGURATIONS[config]} | {counts} |"
+
+
+def _metadata(written: WrittenSplits, sources: Mapping[str, SourceOptions]) -> DatasetCardData:
+    data = DatasetCardData(
+        license=[SOURCES[name][1].lower().replace(" ", "-") for name in sources],
+        language=sorted({language for source in sources.values() for language in source.languages}),
+        task_categories=["visual-question-answering"],
+        pretty_name="BioVGQ",
+        configs=[_files_of(config, splits) for config, splits in written.items()],
+    )
+    DatasetInfosDict({config: _info(splits) for config, splits in written.items()}).to_dataset_card_data(data)
+    return data
+
+
+def _files_of(config: str, splits: dict[str, SplitFiles]) -> dict[str, Any]:
+    return {
+        "config_name": config,
+        "data_files": [{"split": split, "path": list(files.files)} for split, files in splits.items()],
+    }
+
+
+def _info(splits: dict[str, SplitFiles]) -> DatasetInfo:
+    sizes = SplitDict({split: SplitInfo(split, files.num_bytes, files.num_examples) for split, files in splits.items()})
+    return DatasetInfo(
+        features=FEATURES,
+        splits=sizes,
+        download_size=sum(files.download_bytes for files in splits.values()),
+        dataset_size=sum(files.num_bytes for files in splits.values()),
+    )
