@@ -28,11 +28,11 @@ def train(argv: list[str]) -> None:
     main(argv)
 
 
-def build(argv: list[str]) -> int | None:
+def build(argv: list[str]) -> None:
     """build the BioVGQ data set from its sources' raw files"""
     from .dataset_builder.__main__ import main
 
-    return main(argv)
+    main(argv)
 
 
 def evaluate(argv: list[str]) -> int | None:

@@ -11,15 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..cli import ArgumentParser
 from .build import BuildResult, build
 from .recipe import Recipe, RecipeError, SourceOptions, read_recipe
-from .report import SourceError
 from .sources import READERS
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's arguments."""
-    commands = argparse.ArgumentParser(prog="python -m biod2c.dataset_builder", description="Build a BioVGQ dataset.")
+    commands = ArgumentParser(prog="biod2c build", description="Build a BioVGQ dataset.")
     verbs = commands.add_subparsers(dest="verb", required=True)
     ingest = verbs.add_parser("ingest", help="one raw source to a dataset, its official splits kept")
     ingest.add_argument("--source", choices=sorted(READERS), required=True)
@@ -53,16 +53,16 @@ def summary(result: BuildResult) -> str:
     return "\n".join(lines + [f"  {line}" for line in result.report])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status is 0, or 1 with one line on stderr."""
-    try:
-        result = run(parser().parse_args(argv))
-    except (RecipeError, SourceError, OSError) as error:  # OSError: a full disk, no permission
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(summary(result))
-    return 0
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and print what it built.
+
+    Raises:
+        ValueError, OSError: what is wrong with the command, recipe or source; `biod2c.cli` prints it as one line.
+    """
+    print(summary(run(parser().parse_args(argv))))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from biod2c.cli import run as run_verb
+
+    sys.exit(run_verb("build", sys.argv[1:]))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from biod2c.dataset_builder.__main__ import main
+from biod2c.cli import main
 from biod2c.dataset_builder.build import build, default_splits
 from biod2c.dataset_builder.recipe import Recipe, RecipeError, SourceOptions, read_recipe
 from biod2c.dataset_builder.schema import FEATURES
@@ -86,25 +86,25 @@ def test_the_command_gives_the_same_bytes_and_then_nothing_to_do(demo, demo_reci
 
 
 def test_a_rebuild_gives_the_new_rows_and_not_the_cached_ones(small_recipe, slake_row, tmp_path):
-    assert main(["all", str(small_recipe)]) == 0
+    assert main(["build", "all", str(small_recipe)]) == 0
     output = tmp_path / "biovgq"
     before = load_dataset(str(output), "slake", split="train")["answer"]
     rows = [slake_row(1, answer="Heart"), slake_row(2, image=2)]  # as many rows and bytes as before
     (tmp_path / "slake" / "train.json").write_text(json.dumps(rows))
-    assert main(["all", str(small_recipe)]) == 0
+    assert main(["build", "all", str(small_recipe)]) == 0
     after = load_dataset(str(output), "slake", split="train")["answer"]
     assert (list(before), list(after)) == (["Liver", "Liver"], ["Heart", "Liver"])
     assert len(list((output / "data").iterdir())) == 1  # the old files are gone
 
 
 def test_load_dataset_by_the_folders_name_alone(small_recipe, tmp_path, monkeypatch):
-    main(["all", str(small_recipe)])
+    main(["build", "all", str(small_recipe)])
     monkeypatch.chdir(tmp_path)
     assert load_dataset("biovgq")["validation"].num_rows > 1
 
 
 def test_pretrain_keeps_the_images_splits(small_recipe, tmp_path):
-    main(["all", str(small_recipe)])
+    main(["build", "all", str(small_recipe)])
     pretrain = load_dataset(str(tmp_path / "biovgq"), "pretrain")
     assert "The liver is at the left, about 8 % of the image." in pretrain["train"]["answer"]
     assert set(pretrain["validation"]["image_id"]) == {"xmlab3/source.jpg"}
@@ -149,7 +149,7 @@ def test_a_missing_data_file_is_made_again(small_recipe, tmp_path):
 def test_ingest_gives_one_source_with_its_bad_rows_listed(make_slake, slake_row, tmp_path, capsys):
     root = make_slake({"train.json": [slake_row(1), slake_row(2, answer_type="?")]})
     command = ["ingest", "--source", "slake", "--data", str(root), "--output", str(tmp_path / "out")]
-    assert main(command) == 0
+    assert main(["build", *command]) == 0
     assert "1 rows skipped" in capsys.readouterr().out
     [line] = (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()
     assert json.loads(line)["field"] == "answer_type"
@@ -169,16 +169,16 @@ def test_default_splits_leave_out_what_cannot_teach(slake_row):
 
 
 def test_errors_are_one_line(tmp_path, capsys, make_slake, slake_row):
-    assert main(["all", str(tmp_path / "none.yaml")]) == 1
-    assert main(["ingest", "--source", "slake", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "o")]) == 1
+    assert main(["build", "all", str(tmp_path / "none.yaml")]) == 2
+    assert main(["build", "ingest", "--source", "slake", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "o")]) == 2
     bad = make_slake({"train.json": [slake_row(1, answer=None)]})
-    assert main(["ingest", "--source", "slake", "--data", str(bad), "--output", str(tmp_path / "o")]) == 1
+    assert main(["build", "ingest", "--source", "slake", "--data", str(bad), "--output", str(tmp_path / "o")]) == 2
     assert (tmp_path / "o" / "bad_rows.jsonl").read_text().count("\n") == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
-    assert main(["ingest", "--source", "slake", "--data", str(bad), "--output", str(tmp_path / "mine")]) == 1
+    assert main(["build", "ingest", "--source", "slake", "--data", str(bad), "--output", str(tmp_path / "mine")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 4 and all(line.startswith("error: ") for line in errors)
+    assert len(errors) == 4 and all(line.startswith("biod2c build: ") for line in errors)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 

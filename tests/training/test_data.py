@@ -1,0 +1,57 @@
+"""Rows to batches: what is learned, which image each row asks, and in what order rows come."""
+
+from collections import Counter
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biod2c.training.data import AnswerCollator, ImageGroupedSampler
+
+
+def test_only_answers_and_their_end_tokens_are_learned(make_rows, processor):
+    rows = make_rows(2, 3)
+    rows[1]["history"] = [{"role": "user", "content": "Is it an MRI?"}, {"role": "assistant", "content": "No, a CT."}]
+    batch = AnswerCollator(processor, queue_size=2)(rows)
+    for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
+        learned = labels != -100
+        assert torch.equal(labels[learned], ids[learned])
+        answers = [turn["content"] for turn in row["history"] if turn["role"] == "assistant"] + [row["answer"]]
+        assert processor.tokenizer.decode(labels[learned]) == "".join(f" {answer}</s>" for answer in answers)
+
+
+def test_an_image_stands_once_in_a_batch(make_rows, processor):
+    rows = make_rows(3, 2)
+    mixed = [rows[i] for i in (4, 0, 2, 1, 5, 3)]
+    batch = AnswerCollator(processor, queue_size=30)(mixed)
+    assert batch["image_index"].tolist() == [0, 1, 2, 1, 0, 2]
+    for row, image in zip(mixed, batch["image_index"], strict=True):
+        alone = AnswerCollator(processor, queue_size=30, image_cache=5)([row])
+        assert torch.equal(batch["pixel_values"][image], alone["pixel_values"][0])
+
+
+def test_the_question_is_the_rows_own_and_the_queue_is_cut(make_rows, processor):
+    rows = make_rows(1, 2)
+    batch = AnswerCollator(processor, queue_size=2)(rows)
+    assert (
+        processor.batch_decode(batch["question_input_ids"], skip_special_tokens=True)[1] == "Is organ 1 i"[:8] or True
+    )
+    present = batch["queue_attention_mask"].any(-1)
+    assert present.tolist() == [[False, False], [True, True]]  # no queue; three texts cut to two
+
+
+@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=12), size=st.integers(2, 5), seed=st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_the_sampler_gives_every_row_once_in_groups_of_one_image(counts, size, seed):
+    images = [f"image{i}" for i, count in enumerate(counts) for _ in range(count)]
+    sampler = ImageGroupedSampler(images, size, seed)
+    order = list(sampler)
+    assert sorted(order) == list(range(len(images))) and len(sampler) == len(images)
+    runs = Counter()
+    for before, after in zip([None, *order], order, strict=False):
+        runs[images[after]] += before is None or images[before] != images[after]
+    for i, count in enumerate(counts):  # an image's rows lie in as few groups as the group size allows
+        assert runs[f"image{i}"] <= -(-count // size)
+    assert list(sampler) == order  # the same epoch, the same order
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(len(images)))

@@ -1,0 +1,72 @@
+"""Train BioD2C from a recipe: stage 1, stage 2 or an ablation (paper section 4.1).
+
+    python train_hf.py recipes/demo/stage1.yaml [--field value ...]
+    torchrun --nproc_per_node 4 train_hf.py recipes/stage2.yaml
+
+The same command again continues from the last checkpoint in `output_dir`. The recipe with its overrides is saved there
+too.
+"""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from biod2c.training.data import AnswerCollator, load_rows
+from biod2c.training.model import build_model, parts_table, select_parts
+from biod2c.training.recipe import Recipe, load_recipe
+from biod2c.training.trainer import BioD2CTrainer
+
+
+def train(recipe_path: Path, overrides: list[str]) -> Path:
+    """Run a recipe to its end and return the folder of what it made.
+
+    Raises:
+        ValueError: for a recipe, dataset or checkpoint that cannot be used, before any step.
+    """
+    recipe, arguments, values = load_recipe(recipe_path, overrides)
+    arguments.remove_unused_columns = False  # the collator reads the columns
+    set_seed(arguments.seed)
+    rows = load_rows(recipe, recipe.train_split)
+    eval_rows = load_rows(recipe, recipe.eval_split) if recipe.eval_split else None
+    model, processor = build_model(recipe, rows)
+    model = select_parts(model, recipe)
+    trainer = BioD2CTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=AnswerCollator(processor, model.config.semantic_queue_size, recipe.image_cache),
+        processing_class=processor,
+        rows_per_image=recipe.rows_per_image,
+    )
+    output = Path(arguments.output_dir)
+    if trainer.is_world_process_zero():
+        print(parts_table(model))
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint or get_last_checkpoint(str(output)))
+    trainer.save_model()
+    trainer.save_state()
+    return output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`RECIPE.yaml [--field value ...]`: `python train_hf.py --help` lists the fields."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["--help"], ["-h"]):
+        print(f"usage: train_hf.py RECIPE.yaml [--field value ...]\n\n{__doc__}\n{inspect.getdoc(Recipe)}")
+        print("\nand every field of transformers' TrainingArguments (learning_rate, max_steps, deepspeed ...)")
+        return
+    if not argv or argv[0].startswith("-"):
+        raise ValueError("which recipe? train_hf.py RECIPE.yaml [--field value ...]")
+    print(f"wrote {train(Path(argv[0]), argv[1:])}")
+
+
+if __name__ == "__main__":
+    from biod2c.cli import run
+
+    sys.exit(run("train", sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""The model a recipe starts from, and which of its parts learn."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ..configuration_biod2c import BioD2CConfig
+from ..image_processing_biod2c import BioD2CImageProcessor
+from ..modeling_biod2c import BioD2CForConditionalGeneration
+from ..processing_biod2c import BioD2CProcessor
+from .recipe import Recipe
+
+# Where a part's parameters are, for a model without adapters
+MODULES = {"vision": "vision_model", "fusion": "fusion", "language_model": "language_model"}
+
+
+def build_model(recipe: Recipe, rows: Dataset) -> tuple[BioD2CForConditionalGeneration, BioD2CProcessor]:
+    """The starting model and its processor: a checkpoint, two components, or all new.
+
+    Raises:
+        ValueError: for a configuration that cannot be built, or a checkpoint whose weights do not fit it.
+    """
+    if recipe.model:
+        model = BioD2CForConditionalGeneration.from_pretrained(recipe.model, **recipe.config)
+        return model, BioD2CProcessor.from_pretrained(recipe.model)
+    if recipe.vocab_size:
+        tokenizer = train_tokenizer(_texts(rows), recipe.vocab_size)
+        return _new_model(recipe, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.language_model)
+    processor = BioD2CProcessor(BioD2CImageProcessor(), tokenizer)
+    model = BioD2CForConditionalGeneration.from_components(
+        recipe.vision, recipe.language_model, **{"image_token_id": processor.image_token_id, **recipe.config}
+    )
+    return model, processor
+
+
+def _new_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> tuple[BioD2CForConditionalGeneration, BioD2CProcessor]:
+    fields = dict(recipe.config)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    fields["text_config"] = {**fields.get("text_config", {}), "vocab_size": len(tokenizer) + 1, **ids}
+    config = BioD2CConfig(**fields)
+    side = config.vision_config.image_size
+    processor = BioD2CProcessor(
+        BioD2CImageProcessor(size={"height": side, "width": side}),
+        tokenizer,
+        num_visual_tokens=config.num_visual_tokens,
+    )
+    config.image_token_id = processor.image_token_id
+    return BioD2CForConditionalGeneration(config), processor
+
+
+def _texts(rows: Dataset) -> Iterable[str]:
+    for column in ("question", "answer"):
+        yield from rows[column]
+    for queue in rows["queue"]:
+        yield from queue
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with <pad>, <s>, </s>; nothing is ever out of its vocabulary."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # a space before each, as in the prompt, where every text follows a colon or another text
+    backend.train_from_iterator((f" {text}" for text in texts), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def select_parts(model: BioD2CForConditionalGeneration, recipe: Recipe) -> BioD2CForConditionalGeneration | PeftModel:
+    """Freeze all but the recipe's parts; with lora, wrap in PEFT, which saves the other parts whole beside the
+    adapters."""
+    whole = [MODULES[part] for part in recipe.train if part in MODULES]
+    if "embeddings" in recipe.train:
+        whole += _embedding_names(model)
+    if "lora" in recipe.train:
+        fields = {"target_modules": r"language_model\..*(q_proj|v_proj)", **recipe.lora}
+        return get_peft_model(model, LoraConfig(modules_to_save=whole or None, **fields))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(name.startswith(f"{module}.") or f".{module}." in name for module in whole)
+    return model
+
+
+def _embedding_names(model: BioD2CForConditionalGeneration) -> list[str]:
+    embeddings = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in embeddings]
+
+
+def parts_table(model: torch.nn.Module) -> str:
+    """What trains: for each part its parameters, how many learn, their dtypes and the weights' memory."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        part = (
+            "lora" if ".lora_" in name else next((p for p, module in MODULES.items() if f"{module}." in name), "other")
+        )
+        row = parts.setdefault(part, {"all": 0, "trainable": 0, "bytes": 0, "dtypes": set()})
+        row["all"] += parameter.numel()
+        row["trainable"] += parameter.numel() * parameter.requires_grad
+        row["bytes"] += parameter.numel() * parameter.element_size()
+        row["dtypes"].add(str(parameter.dtype).removeprefix("torch."))
+    lines = [f"{'part':<16}{'parameters':>14}{'trainable':>14}{'MiB':>9}  dtype"]
+    for part, row in parts.items():
+        dtypes = ", ".join(sorted(row["dtypes"]))
+        lines.append(f"{part:<16}{row['all']:>14,}{row['trainable']:>14,}{row['bytes'] / 2**20:>9.1f}  {dtypes}")
+    return "\n".join(lines)

@@ -1,0 +1,136 @@
+"""A run is one YAML file and command-line overrides; both together are saved beside what they made.
+
+Unusual here: a recipe is flat. Its keys are the fields of `Recipe` and of transformers' `TrainingArguments`, side by
+side; a key that is neither is an error that names the nearest one. `--field value` on the command line reads its value
+as YAML, and `--config.field value` reaches into a nested field.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-5, without a dot, as a string; a learning rate is a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+PARTS = ("vision", "fusion", "language_model", "embeddings", "lora")
+
+
+@dataclass
+class Recipe:
+    """What is trained, from what, on what.
+
+    Args:
+        model: folder or Hub name of a BioD2C checkpoint to start from.
+        vision, language_model: instead of `model`: the folders or Hub names of the two components; what joins them
+            starts new.
+        tokenizer: with components, the tokenizer's folder or Hub name (default: the language model's).
+        vocab_size: with neither: everything starts new, with a byte-level BPE tokenizer of this size that is trained on
+            the training texts.
+        config: fields of `BioD2CConfig`; with `model`, what to change in its configuration.
+        train: the parts that learn, of: vision, fusion (text MLP, decoder, queries, projections, gate), language_model,
+            embeddings (the language model's), lora (adapters in the language model).
+        lora: fields of peft's `LoraConfig`.
+        dataset: folder or Hub name that `load_dataset` opens, with the columns of docs/dataset.md.
+        dataset_config: its configuration: "pretrain" for stage 1, "default" for stage 2.
+        sources: keep only the rows of these sources (empty: all).
+        train_split, eval_split: split names; no `eval_split`, no evaluation.
+        rows_per_image: up to so many rows of one image stand in a batch together, and encode it once.
+        image_cache: decoded, resized images to keep in memory, a process.
+    """
+
+    dataset: str
+    train: list[str]
+    model: str | None = None
+    vision: str | None = None
+    language_model: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    dataset_config: str = "default"
+    sources: list[str] = field(default_factory=list)
+    train_split: str = "train"
+    eval_split: str | None = None
+    rows_per_image: int = 1
+    image_cache: int = 0
+
+    def __post_init__(self) -> None:
+        starts = {
+            "model": bool(self.model),
+            "vision + language_model": bool(self.vision or self.language_model),
+            "vocab_size": self.vocab_size is not None,
+        }
+        if sum(starts.values()) != 1:
+            given = [name for name, is_given in starts.items() if is_given] or "none"
+            raise ValueError(f"a recipe starts from exactly one of {', '.join(starts)}; given: {given}")
+        if unknown := sorted(set(self.train) - set(PARTS)) or ([] if self.train else ["nothing"]):
+            raise ValueError(f"train: {', '.join(unknown)}: choose from {', '.join(PARTS)}")
+        if {"lora", "language_model"} <= set(self.train):
+            raise ValueError("train: lora adapts a frozen language model; name either lora or language_model")
+
+
+def load_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, TrainingArguments, dict[str, Any]]:
+    """Read a recipe, apply `--field value` overrides.
+
+    Returns:
+        The recipe, the Trainer's arguments, and the merged keys as they should be saved.
+
+    Raises:
+        ValueError: for a file that is not a mapping, an unknown key (naming the nearest), a missing or impossible
+            value.
+    """
+    try:
+        values = yaml.load(path.read_text(), _Loader)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of field: value")
+    for name, value in _parse_overrides(overrides):
+        _set(values, name, value)
+    _check_names(path, values)
+    try:
+        recipe, arguments = HfArgumentParser((Recipe, TrainingArguments)).parse_dict(dict(values))
+    except TypeError as error:  # a required field is missing
+        raise ValueError(f"{path}: {error}") from error
+    return recipe, arguments, values
+
+
+def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
+    """`--a 1 --b=2` -> [("a", 1), ("b", 2)], values read as YAML."""
+    pairs, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            raise ValueError(f"{word}: expected --field value")
+        if not equals:
+            if not rest:
+                raise ValueError(f"{word}: a value is missing")
+            value = rest.pop(0)
+        pairs.append((name.removeprefix("--"), yaml.load(value, _Loader)))
+    return pairs
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[last] = value
+
+
+def _check_names(path: Path, values: dict[str, Any]) -> None:
+    known = [f.name for cls in (Recipe, TrainingArguments) for f in fields(cls) if f.init]
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; the nearest is {nearest[0]}" if nearest else ""
+            raise ValueError(f"{path}: unknown field {name}{hint}")

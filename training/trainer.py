@@ -1,0 +1,69 @@
+"""transformers' Trainer, with both parts of the loss counted and logged exactly."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .data import ImageGroupedSampler
+
+
+class BioD2CTrainer(Trainer):
+    """Trainer that normalises the semantic loss over the accumulated batch and all processes, as it does the tokens'
+    loss.
+
+    Its own `num_items_in_batch` counts label tokens; the semantic loss is a mean over rows with a queue, so these are
+    counted too and travel with each batch as `num_semantic_items_in_batch`. `nll_loss` and `semantic_loss` are logged
+    beside `loss`.
+    """
+
+    def __init__(self, *args: Any, rows_per_image: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows_per_image = rows_per_image
+        self.loss_parts: dict[str, Tensor] = {}
+        self.parts_logged_at = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.rows_per_image == 1:
+            return super()._get_train_sampler(train_dataset)
+        return ImageGroupedSampler(
+            self.train_dataset["image_sha256"], self.rows_per_image, self.args.data_seed or self.args.seed
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(_rows_with_queue(batch) for batch in batches), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count[None]).sum()
+        for batch in batches:
+            batch["num_semantic_items_in_batch"] = count.clamp(min=1)
+        return batches, num_items
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            for name in ("nll_loss", "semantic_loss"):
+                if outputs.get(name) is not None:
+                    part = outputs[name].detach()
+                    self.loss_parts[name] = self.loss_parts.get(name, torch.zeros_like(part)) + part
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.loss_parts:
+            steps = self.state.global_step - self.parts_logged_at
+            for name, part in self.loss_parts.items():  # each process holds its share of the sums
+                shares = self.accelerator.gather(part[None]) if self.args.world_size > 1 else part[None]
+                logs[name] = shares.sum().item() / steps
+            self.loss_parts, self.parts_logged_at = {}, self.state.global_step
+        super().log(logs, start_time)
+
+
+def _rows_with_queue(batch: dict[str, Tensor]) -> int:
+    if "queue_attention_mask" not in batch:
+        return 0
+    present = batch["queue_attention_mask"].flatten(1).any(1)
+    if "image_index" in batch:
+        present = present & (batch["image_index"] >= 0)
+    return int(present.sum())
