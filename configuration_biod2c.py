@@ -1,8 +1,9 @@
 """Configuration of BioD2C: a vision encoder, a causal language model, and what joins them (paper section 3).
 
-Unusual here: every point where the paper and the authors' released code differ is a field, so that both the paper's model
-(the defaults) and the authors' checkpoint (the values that `convert_checkpoint.py` writes) are exactly expressible. A
-combination that cannot be built raises ValueError when the configuration is made, not when a tensor fails to fit.
+Unusual here: every point where the paper and the authors' released code differ is a field, so that both the paper's
+model (the defaults) and the authors' checkpoint (the values that `convert_checkpoint.py` writes) are exactly
+expressible. A combination that cannot be built raises ValueError when the configuration is made, not when a tensor
+fails to fit.
 """
 
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -50,8 +51,8 @@ class BioD2CVisionConfig(PreTrainedConfig):
             raise ValueError(f"vision_config.width={self.width}: must be even, since the stem starts with half of it")
         if self.out_stage not in range(1, len(self.layers) + 1):
             raise ValueError(
-                f"vision_config.out_stage={self.out_stage}: there are {len(self.layers)} stages (layers={self.layers}), "
-                f"so it must be from 1 to {len(self.layers)}"
+                f"vision_config.out_stage={self.out_stage}: there are {len(self.layers)} stages "
+                f"(layers={self.layers}), so it must be from 1 to {len(self.layers)}"
             )
         if self.image_size % self.stride:
             raise ValueError(
@@ -105,10 +106,10 @@ class BioD2CConfig(PreTrainedConfig):
         semantic_temperature: tau of eq. 3 (not in the paper; the authors' value).
         semantic_features: "fused" aligns X_v|t (paper); "projected" aligns Proj(X_v) (the authors' code).
         semantic_divergence: "v_t" is KL(p(v)||p(t)) (paper eq. 4); "t_v" is KL(p(t)||p(v)) (the authors' code).
-        semantic_similarity: "tokenwise": cosine at the same token position, averaged over positions; "pooled": cosine of
-            the means over real tokens.
-        mask_padding: padding is never read and absent queue members do not count. False reads padding ids as text, as the
-            authors' code does.
+        semantic_similarity: "tokenwise": cosine at the same token position, averaged over positions; "pooled": cosine
+            of the means over real tokens.
+        mask_padding: padding is never read and absent queue members do not count. False reads padding ids as text, as
+            the authors' code does.
 
     Raises:
         ValueError: for a combination that cannot be built, naming the field, its value and what is allowed.
@@ -127,8 +128,8 @@ class BioD2CConfig(PreTrainedConfig):
         "attentions",
     ]
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a configuration or its dictionary; afterwards always a configuration
+    text_config: Any = None
     image_token_id: int = 32000
     num_visual_tokens: int = 32
     num_question_tokens: int = 32
@@ -175,8 +176,9 @@ class BioD2CConfig(PreTrainedConfig):
         return getattr(self.vision_config, "hidden_size", 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The dtype is said once, at the top: transformers fills it into the parts only on loading, so a file saved again
-        would differ."""
+        """The dtype is said once, at the top: transformers fills it into the parts only on loading, so a file saved
+        again would differ.
+        """
         fields = super().to_dict()
         for part in self.sub_configs:
             fields[part].pop("dtype", None)
@@ -192,15 +194,16 @@ class BioD2CConfig(PreTrainedConfig):
         _check_counts(self, ("num_visual_tokens", "num_scales", *fusion, "semantic_queue_size"))
         if self.num_question_tokens != self.num_visual_tokens:
             raise ValueError(
-                f"num_question_tokens={self.num_question_tokens}: must equal num_visual_tokens={self.num_visual_tokens}, "
-                "because the gate (paper eq. 2) adds the question's rows to the image's rows"
+                f"num_question_tokens={self.num_question_tokens}: must equal num_visual_tokens="
+                f"{self.num_visual_tokens}, because the gate (paper eq. 2) adds the question's rows to the image's rows"
             )
         for part, width, allowed in (
-            ("vision_config", self.vision_hidden_size, f"{BioD2CVisionConfig.model_type!r} or a backbone of transformers"),
-            ("text_config", getattr(self.text_config, "hidden_size", 0), "a causal language model of transformers"),
+            ("vision_config", self.vision_hidden_size, "biod2c_vision or a vision backbone"),
+            ("text_config", getattr(self.text_config, "hidden_size", 0), "a causal language model"),
         ):
             if not width:
-                raise ValueError(f"{part}.model_type={getattr(self, part).model_type!r}: no hidden_size; must be {allowed}")
+                model_type = getattr(self, part).model_type
+                raise ValueError(f"{part}.model_type={model_type!r}: has no hidden_size; must be {allowed}")
         if self.vision_hidden_size % self.fusion_heads:
             raise ValueError(
                 f"fusion_heads={self.fusion_heads}: must divide the vision encoder's width {self.vision_hidden_size}"
@@ -214,8 +217,8 @@ class BioD2CConfig(PreTrainedConfig):
         grid_size = getattr(self.vision_config, "grid_size", None)
         if self.use_fusion and grid_size is not None and 2 ** (self.num_scales - 1) > grid_size:
             raise ValueError(
-                f"num_scales={self.num_scales}: its finest scale cuts each side into {2 ** (self.num_scales - 1)} blocks, "
-                f"but the grid has {grid_size} cells a side; at most {grid_size.bit_length()} scales fit"
+                f"num_scales={self.num_scales}: its finest scale cuts each side into {2 ** (self.num_scales - 1)} "
+                f"blocks, but the grid has {grid_size} cells a side; at most {grid_size.bit_length()} scales fit"
             )
 
 
@@ -232,7 +235,8 @@ def _as_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrain
         return config
     fields = dict(config or {})
     model_type = fields.pop("model_type", default)
-    # not in transformers' own mapping, and registering it there would leave a trace in every process that imports this file
+    # not in transformers' own mapping, and registering it there would leave a trace in every process that imports this
+    # file
     if model_type == BioD2CVisionConfig.model_type:
         return BioD2CVisionConfig(**fields)
     return AutoConfig.for_model(model_type, **fields)

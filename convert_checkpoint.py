@@ -3,17 +3,18 @@
     biod2c convert biod2c model.safetensors FOLDER --tokenizer chaoyi-wu/PMC_LLAMA_7B
     biod2c convert pmc-clip checkpoint.pt FOLDER [--attention_pool]
 
-Unusual here: the mapping runs from our names to theirs. An empty model on the meta device says which tensors there must be
-and of what shape; each is looked up under the authors' name, so a missing or misshapen tensor is named before anything is
-written, and whatever is left over must be known to be dead. Files are read and written tensor by tensor: 14 GB convert on a
-24 GB machine.
+Unusual here: the mapping runs from our names to theirs. An empty model on the meta device says which tensors there must
+be and of what shape; each is looked up under the authors' name, so a missing or misshapen tensor is named before
+anything is written, and whatever is left over must be known to be dead. Files are read and written tensor by tensor:
+14 GB convert on a 24 GB machine.
 """
 
-import argparse
 import hashlib
 import json
+import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,13 +25,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from .cli import ArgumentParser
 from .configuration_biod2c import BioD2CConfig, BioD2CVisionConfig
 from .image_processing_biod2c import BioD2CImageProcessor
 from .modeling_biod2c import BioD2CForConditionalGeneration, BioD2CVisionModel
 from .processing_biod2c import AUTHORS_CHAT_TEMPLATE, BioD2CProcessor
 
 LORA_ALPHA = 32  # the authors' constant; the rank is in the shapes
-# What the authors' code holds but no forward pass of theirs that trains or answers ever uses, and a buffer of old transformers
+# What the authors' code holds but no forward pass of theirs that trains or answers ever uses, and a buffer that
+# older versions of transformers saved
 DEAD = re.compile(r"^(decoder_hpm|query_embed2|fc_hpm)\.|\.rotary_emb\.inv_freq$")
 # Their trunk is an nn.Sequential of PMC-CLIP's modules (index 2, 5, 8 are ReLUs, 9 the average pool)
 TRUNK_INDEX = {
@@ -85,10 +88,10 @@ def authors_config(shapes: Mapping[str, tuple[int, ...]]) -> BioD2CConfig:
         ValueError: if the shapes hold no language model.
     """
     prefix = _language_model_prefix(shapes)
-    embedding, gate = (
-        shapes[f"{prefix}model.embed_tokens.weight"],
-        shapes[f"{prefix}model.layers.0.mlp.gate_proj.weight"],
-    )
+    gate_key = f"{prefix}model.layers.0.mlp.gate_proj.weight"
+    if gate_key not in shapes:
+        raise ValueError(f"missing key {gate_key}")
+    embedding, gate = shapes[f"{prefix}model.embed_tokens.weight"], shapes[gate_key]
     layers = {int(m[1]) for key in shapes if (m := re.match(rf"{re.escape(prefix)}model\.layers\.(\d+)\.", key))}
     text_config = LlamaConfig(
         vocab_size=embedding[0],
@@ -147,22 +150,23 @@ def _plan(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
             raise ValueError(f"missing key {name}")
         if shapes[base] != tuple(tensor.shape):
             raise ValueError(f"{base}: shape {shapes[base]}, expected {tuple(tensor.shape)}")
-        lora = (
-            [key for key in shapes if key.startswith(f"{stem}.lora_")]
-            if base != name or _has_lora(stem, shapes)
-            else []
-        )
-        sources[ours] = [base, *sorted(lora)]
-        if len(lora) not in (0, 2):
-            raise ValueError(f"{stem}: expected lora_A and lora_B, found {sorted(lora)}")
+        lora = sorted(key for key in shapes if key.startswith(f"{stem}.lora_"))
+        if lora:
+            _check_lora(stem, lora, shapes, shapes[base])
+        sources[ours] = [base, *lora]
     left_over = set(shapes) - {key for keys in sources.values() for key in keys}
     if unknown := sorted(key for key in left_over if not DEAD.search(key)):
         raise ValueError(f"{len(unknown)} unknown keys, such as {unknown[0]}")
     return sources
 
 
-def _has_lora(stem: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return any(f"{stem}.lora_A{adapter}.weight" in shapes for adapter in (".default", ""))
+def _check_lora(stem: str, lora: list[str], shapes: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]) -> None:
+    if [key.removeprefix(f"{stem}.").split(".")[0] for key in lora] != ["lora_A", "lora_B"]:
+        raise ValueError(f"{stem}: expected one lora_A and one lora_B, found {lora}")
+    rank, (height, width) = shapes[lora[0]][0], weight
+    for key, expected in zip(lora, ((rank, width), (height, rank)), strict=True):
+        if shapes[key] != expected:
+            raise ValueError(f"{key}: shape {shapes[key]}, expected {expected}")
 
 
 def _build(
@@ -181,11 +185,25 @@ def convert_biod2c_checkpoint(
     """Write the authors' `model.safetensors` as a folder that `from_pretrained` opens, processor included.
 
     With `adapter` the language model keeps its base weights and LoRA goes to `folder/adapter` for PEFT.
+
+    Raises:
+        ValueError: for a file that is not the authors', or lies where its own conversion would be written.
     """
+    if file.resolve().parent == folder.resolve():
+        raise ValueError(f"{folder}: holds {file.name} itself, which would be overwritten; name another folder")
+    processor = BioD2CProcessor(
+        BioD2CImageProcessor(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD),
+        AutoTokenizer.from_pretrained(tokenizer),
+        question_template="{bos}Question: {question} Answer:",
+        chat_template=AUTHORS_CHAT_TEMPLATE,
+    )
     with safe_open(file, framework="pt") as reader:
         shapes = {key: tuple(reader.get_slice(key).get_shape()) for key in reader.keys()}
         sources = _plan(shapes)
+        if adapter and not any(len(theirs) == 3 for theirs in sources.values()):
+            raise ValueError(f"{file}: has no LoRA tensors to write as an adapter")
         config = authors_config(shapes)
+        config.image_token_id = processor.image_token_id
         dtype = reader.get_tensor(sources["language_model.lm_head.weight"][0]).dtype
         folder.mkdir(parents=True, exist_ok=True)
         with torch.device("meta"):
@@ -203,12 +221,7 @@ def convert_biod2c_checkpoint(
             _save_adapter(sources, reader.get_tensor, shapes, folder)
     dropped = [key for key in shapes if DEAD.search(key)]
     print(f"dropped {len(dropped)} tensors that no forward pass uses (decoder_hpm, query_embed2, fc_hpm)")
-    BioD2CProcessor(
-        BioD2CImageProcessor(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD),
-        AutoTokenizer.from_pretrained(tokenizer),
-        question_template="{bos}Question: {question} Answer:",
-        chat_template=AUTHORS_CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _save_all_but_weights(model: BioD2CForConditionalGeneration, folder: Path) -> None:
@@ -223,20 +236,18 @@ def _save_adapter(
 ) -> None:
     from peft import LoraConfig
 
-    tensors, rank = {}, None
+    tensors, rank = {}, 0
     for ours, theirs in sources.items():
         if len(theirs) == 3:
             rank = shapes[theirs[1]][0]
             stem = f"base_model.model.{ours.removesuffix('.weight')}"
             tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = get(theirs[1]), get(theirs[2])
-    if rank is None:
-        raise ValueError("the checkpoint has no LoRA tensors to write as an adapter")
     target = folder / "adapter"
     config = LoraConfig(
         r=rank, lora_alpha=LORA_ALPHA, lora_dropout=0.1, target_modules=r"language_model\..*(q_proj|v_proj)",
-        base_model_name_or_path=str(folder),
+        base_model_name_or_path=str(folder.resolve()),
     )  # fmt: skip
-    config.save_pretrained(target)
+    config.save_pretrained(str(target))
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
@@ -245,21 +256,33 @@ def convert_pmc_clip_checkpoint(file: Path, folder: Path, attention_pool: bool =
     `attention_pool`, the whole encoder at 224 pixels for the figure filter.
 
     The pickle is opened with weights_only, which runs no code of it; its SHA-256 is printed for the record.
+
+    Raises:
+        ValueError: for a file that holds anything but tensors, or another model's.
     """
     with file.open("rb") as stream:
         print(f"{file.name}: sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()}")
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n")[0] or "it ends too early"
+        raise ValueError(f"{file}: not a checkpoint of plain tensors ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file}: expected a dictionary of tensors, got {type(checkpoint).__name__}")
     state_dict = convert_pmc_clip_state_dict(checkpoint.get("state_dict", checkpoint))
     config = BioD2CVisionConfig(attention_pool=True, image_size=224) if attention_pool else BioD2CVisionConfig()
     model = BioD2CVisionModel(config)
     if not attention_pool:
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith(("layer4.", "attnpool."))}
-    model.load_state_dict(state_dict)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:  # it names the keys
+        raise ValueError(f"{file}: not PMC-CLIP's image encoder: {error}") from error
     model.save_pretrained(folder)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="biod2c convert", description=__doc__.split("\n\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog="biod2c convert", description=__doc__.split("\n\n")[0])
     systems = parser.add_subparsers(dest="system", required=True)
     authors = systems.add_parser("biod2c", help="the authors' model.safetensors")
     authors.add_argument("--tokenizer", required=True, help="folder or Hub name of the language model's tokenizer")
@@ -280,4 +303,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from biod2c.cli import run
+
+    sys.exit(run("convert", sys.argv[1:]))

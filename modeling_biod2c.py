@@ -10,26 +10,34 @@
         └──► language model ──► answer, L_nll                        L = λ·L_sem + L_nll (eq. 5)
 
 Unusual here, and why:
-- This file imports only torch, transformers and its own configuration: a checkpoint carries it to machines that have never
-  seen the repository (`trust_remote_code`).
-- The multi-scale features are a pooling pyramid (the mean of means, the max of maxes), not a loop over 1365 blocks; and the
-  decoder's cross-attention folds the key and value projections into its few queries, so that no key or value of the many
-  cells is ever made. Both equal the direct computation up to rounding.
+- This file imports only torch, transformers and its own configuration: a checkpoint carries it to machines that have
+  never seen the repository (`trust_remote_code`).
+- The multi-scale features are a pooling pyramid (the mean of means, the max of maxes), not a loop over 1365 blocks; and
+  the decoder's cross-attention folds the key and value projections into its few queries, so that no key or value of the
+  many cells is ever made. Both equal the direct computation up to rounding.
 - Frozen parts stay in eval mode while the rest trains: BatchNorm statistics of a frozen trunk must not move.
 
-Letters in shapes: B rows, I images, L prompt tokens, Q visual = question tokens, D vision width, H language-model width,
-N×N grid cells, M multi-scale cells, k queue texts.
+Letters in shapes: B rows, I images, L prompt tokens, Q visual = question tokens, D vision width, H language-model
+width, N×N grid cells, M multi-scale cells, k queue texts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
@@ -91,10 +99,10 @@ class AttentionPool2d(nn.Module):
 
 @dataclass
 class BioD2CVisionOutput(ModelOutput):
-    """`image_grid` [I, D, N, N], the paper's X_v; `image_features` [I, projection_dim] with the attention pool, else None."""
+    """`image_grid` [I, D, N, N], the paper's X_v; with the attention pool also `image_features` [I, projection_dim]."""
 
-    image_grid: torch.FloatTensor | None = None
-    image_features: torch.FloatTensor | None = None
+    image_grid: Tensor | None = None
+    image_features: Tensor | None = None
 
 
 class BioD2CVisionModel(PreTrainedModel):
@@ -143,7 +151,9 @@ class BioD2CVisionModel(PreTrainedModel):
         for stage in range(1, self.num_stages + 1):
             x = getattr(self, f"layer{stage}")(x)
             if stage == self.config.out_stage:
-                grid = x
+                # it is read cell by cell, so its channels had best lie together. Convolutions in that layout would
+                # round otherwise than the authors'
+                grid = x.contiguous(memory_format=torch.channels_last)
         image_features = self.attnpool(x) if self.config.attention_pool else None
         return BioD2CVisionOutput(image_grid=grid, image_features=image_features)
 
@@ -176,10 +186,10 @@ class TextEncoderMLP(nn.Module):
 
 
 class MultiScaleFeatureEnhancement(nn.Module):
-    """X'_v: scale s cuts the grid into 2^(s-1) × 2^(s-1) blocks, each max-pooled + mean-pooled (paper section 3.1, "MFE").
+    """X'_v: scale s cuts the grid into 2^(s-1) × 2^(s-1) blocks, each max-pooled + mean-pooled (section 3.1, "MFE").
 
-    Scales run coarse to fine, row-major inside a scale. Where a scale's blocks do not divide the side, the blocks are those
-    of torch's adaptive pooling, which overlap by a cell rather than lose one.
+    Scales run coarse to fine, row-major inside a scale. Where a scale's blocks do not divide the side, the blocks are
+    those of torch's adaptive pooling, which overlap by a cell rather than lose one.
     """
 
     def __init__(self, num_scales: int) -> None:
@@ -195,6 +205,7 @@ class MultiScaleFeatureEnhancement(nn.Module):
         side, finest = min(grid.shape[-2:]), 2 ** (self.num_scales - 1)
         if finest > side:
             raise ValueError(f"num_scales={self.num_scales} needs a grid of at least {finest} cells a side, got {side}")
+        grid = grid.contiguous(memory_format=torch.channels_last)  # pooling then runs along the channels
         if grid.shape[-1] % finest or grid.shape[-2] % finest:
             scales = [
                 F.adaptive_avg_pool2d(grid, 2**s) + F.adaptive_max_pool2d(grid, 2**s) for s in range(self.num_scales)
@@ -202,16 +213,16 @@ class MultiScaleFeatureEnhancement(nn.Module):
         else:
             # the mean of means and the max of maxes: each scale comes from the next finer one
             block = (grid.shape[-2] // finest, grid.shape[-1] // finest)
-            mean, peak = F.avg_pool2d(grid, block), F.max_pool2d(grid, block)
+            mean, peak = (grid, grid) if block == (1, 1) else (F.avg_pool2d(grid, block), F.max_pool2d(grid, block))
             scales = [mean + peak]
             for _ in range(self.num_scales - 1):
                 mean, peak = F.avg_pool2d(mean, 2), F.max_pool2d(peak, 2)
                 scales.insert(0, mean + peak)
-        return torch.cat([scale.flatten(2) for scale in scales], dim=2).transpose(1, 2)
+        return torch.cat([scale.permute(0, 2, 3, 1).flatten(1, 2) for scale in scales], dim=1)
 
 
 class DecoderAttention(nn.Module):
-    """The weights of one multi-head attention, laid out as in torch's MultiheadAttention (and so as in the authors' file).
+    """The weights of one multi-head attention, laid out as in torch's MultiheadAttention, and so in the authors' file.
 
     The input projections are parameters of this module, not of a child: ZeRO-3 gathers what the module that runs owns.
     """
@@ -234,7 +245,9 @@ class SelfAttention(DecoderAttention):
         """x [B, Q, D], key_mask [B, Q] True where real (None: all) -> [B, Q, D]."""
         query, key, value = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(
-            *(self.split_heads(t) for t in (query, key, value)),
+            self.split_heads(query),
+            self.split_heads(key),
+            self.split_heads(value),
             attn_mask=None if key_mask is None else key_mask[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0,
         )
@@ -244,15 +257,15 @@ class SelfAttention(DecoderAttention):
 class CrossAttention(DecoderAttention):
     """Q queries over many image cells, with the key and value projections absorbed.
 
-    softmax((x W_q)(c W_k)ᵀ) (c W_v) = softmax(((x W_q) W_kᵀ) cᵀ) c W_v: the heads' queries are brought to the cells' own
-    width, all heads read the same raw cells c, and W_v is applied to the Q sums instead of the M cells. With Q = 32 and
-    M = 1365 that is about a quarter of the arithmetic and no key or value tensor. The key bias adds the same to every score
-    of a query, so the softmax cancels it. Under dropout a row of weights no longer sums to one: the value bias is weighted
-    by the sum that is left.
+    softmax((x W_q)(c W_k)ᵀ) (c W_v) = softmax(((x W_q) W_kᵀ) cᵀ) c W_v: the heads' queries are brought to the cells'
+    own width, all heads read the same raw cells c, and W_v is applied to the Q sums instead of the M cells. With Q = 32
+    and M = 1365 that is about a quarter of the arithmetic and no key or value tensor. The key bias adds the same to
+    every score of a query, so the softmax cancels it. Under dropout a row of weights no longer sums to one: the value
+    bias is weighted by the sum that is left.
     """
 
     def forward(self, x: Tensor, cells: Tensor, cell_positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, Q, D], cells [B, M, D], cell_positions [M, D] added to the keys -> [B, Q, D], weights [B, heads, Q, M]."""
+        """x [B, Q, D], cells [B, M, D], cell_positions [M, D] for the keys -> [B, Q, D], weights [B, heads, Q, M]."""
         weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
         bias_q, _, bias_v = self.in_proj_bias.chunk(3)
         query = self.split_heads(F.linear(x, weight_q, bias_q))  # [B, heads, Q, d]
@@ -271,7 +284,7 @@ class CrossAttention(DecoderAttention):
 
 
 class FusionDecoderLayer(GradientCheckpointingLayer):
-    """One pre-norm DETR decoder layer: self-attention, cross-attention, feed-forward, each added to the residual stream."""
+    """One pre-norm DETR decoder layer: self-attention, cross-attention, feed-forward, each added to what comes in."""
 
     def __init__(self, config: BioD2CConfig) -> None:
         super().__init__()
@@ -342,21 +355,20 @@ class Gate(nn.Module):
         return projected + self.beta.tanh() * projected_fused
 
 
-@dataclass
-class FeatureLevelInteractionOutput(ModelOutput):
-    """`conditioned` [B, Q, H] = X_v|t; `projected` [B, Q, H] = Proj(X_v); `attentions` = (grid pass, multi-scale pass)."""
+class FeatureLevelInteractionOutput(NamedTuple):
+    """`conditioned` = X_v|t and `projected` = Proj(X_v), [B, Q, H]; `attentions` = (grid pass, multi-scale pass)."""
 
-    conditioned: torch.FloatTensor | None = None
-    projected: torch.FloatTensor | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    conditioned: Tensor
+    projected: Tensor
+    attentions: tuple[Tensor, ...] | None
 
 
 class FeatureLevelInteraction(nn.Module):
-    """The image conditioned on the question (paper section 3.1): all that is new between vision encoder and language model.
+    """The image conditioned on the question (section 3.1): all that is new between vision encoder and language model.
 
-    The same decoder runs twice: Q learned queries over the N² grid cells give what eq. 2 calls Proj(X_v) its Q rows, and the
-    question X_t over the M multi-scale cells gives X_vt (eq. 1). The first pass is the same for every question of an image,
-    so it runs once an image.
+    The same decoder runs twice: Q learned queries over the N² grid cells give what eq. 2 calls Proj(X_v) its Q rows,
+    and the question X_t over the M multi-scale cells gives X_vt (eq. 1). The first pass is the same for every question
+    of an image, so it runs once an image.
     """
 
     def __init__(self, config: BioD2CConfig) -> None:
@@ -390,17 +402,19 @@ class FeatureLevelInteraction(nn.Module):
             queries, cells, self._positions(image_grid, image_grid.shape[-1:]), None, output_attentions
         )
         projected = _pick(self.proj(visual), image_index)  # [B, Q, H]
-        grid_attention = _pick(grid_attention, image_index)
+        attentions = None if grid_attention is None else (_pick(grid_attention, image_index),)
         if not self.use_fusion:
-            return FeatureLevelInteractionOutput(projected, projected, (grid_attention,) if output_attentions else None)
+            return FeatureLevelInteractionOutput(projected, projected, attentions)
+        assert question_embeds is not None  # `_interact` has said so
         text = self.text_encoder(question_embeds.to(dtype), question_mask)  # X_t [B, Q, D]
         multiscale = _pick(self.mfe(image_grid), image_index)  # X'_v [B, M, D]
         fused, multiscale_attention = self.decoder(
             text, multiscale, self._positions(image_grid, scales), question_mask, output_attentions
         )
         conditioned = self.gate(projected, self.proj_gate(fused))
-        attentions = (grid_attention, multiscale_attention) if output_attentions else None
-        return FeatureLevelInteractionOutput(conditioned, projected, attentions)
+        if attentions is None or multiscale_attention is None:
+            return FeatureLevelInteractionOutput(conditioned, projected, None)
+        return FeatureLevelInteractionOutput(conditioned, projected, (*attentions, multiscale_attention))
 
     def _positions(self, like: Tensor, sides: Sequence[int]) -> Tensor | None:
         if self.position_embedding == "none":
@@ -418,8 +432,8 @@ def sine_positions(side: int, width: int, like: Tensor) -> Tensor:
     return F.pad(grid.flatten(0, 1), (0, width - grid.shape[-1])).to(like.dtype)
 
 
-def _pick(per_image: Tensor | None, image_index: Tensor | None) -> Tensor | None:
-    if per_image is None or image_index is None:
+def _pick(per_image: Tensor, image_index: Tensor | None) -> Tensor:
+    if image_index is None:
         return per_image
     return per_image[image_index.clamp(min=0)]  # a row without an image has -1; what it picks is never used
 
@@ -436,11 +450,12 @@ def semantic_distribution(
     temperature: float,
     similarity: str = "tokenwise",
 ) -> Tensor:
-    """log p over the queue (eq. 3): how near features [B, Q, H] are to each text of queue_embeds [B, k, Q, H]. -> [B, k].
+    """log p over the queue (eq. 3), [B, k]: how near features [B, Q, H] are to each text of queue_embeds [B, k, Q, H].
 
-    position_mask [B, Q] and queue_mask [B, k, Q] are True where there is a token (None: everywhere). "tokenwise" averages the
-    cosines at the positions that both have; "pooled" takes the cosine of the means over each one's own. A text without any
-    token is absent: its log p is the most negative number, so that a row of absent texts makes no NaN, here or in the gradient.
+    position_mask [B, Q] and queue_mask [B, k, Q] are True where there is a token (None: everywhere). "tokenwise"
+    averages the cosines at the positions that both have; "pooled" takes the cosine of the means over each one's own. A
+    text without any token is absent: its log p is the most negative number, so that a row of absent texts makes no NaN,
+    here or in the gradient.
     """
     # float32 at least, under autocast too: a softmax at τ = 0.1 would leave bfloat16 no digits
     dtype = torch.promote_types(features.dtype, torch.float32)
@@ -477,7 +492,7 @@ def semantic_loss(
 
     Args:
         image_features: X_v|t, [B, Q, H].
-        question_embeds: ε of the question, [B, Q, H]. The question and the queue are the target: no gradient flows into them.
+        question_embeds: ε of the question, [B, Q, H]; with the queue it is the target, and gets no gradient.
         queue_embeds: ε of the k queue texts, [B, k, Q, H].
         question_mask: [B, Q], True where the question has a token (None: everywhere).
         queue_mask: [B, k, Q], True where a text has a token; a text without any is absent (None: all present).
@@ -490,11 +505,17 @@ def semantic_loss(
         Scalar: the sum over the rows that have a queue, divided by `num_items`. 0 if none has.
     """
     question_embeds, queue_embeds = question_embeds.detach(), queue_embeds.detach()
-    shared = {"queue_mask": queue_mask, "temperature": temperature, "similarity": similarity}
+    distribution = partial(
+        semantic_distribution,
+        queue_embeds=queue_embeds,
+        queue_mask=queue_mask,
+        temperature=temperature,
+        similarity=similarity,
+    )
     # token by token, both read the question's positions; pooled, every one of the image's rows is real
     image_mask = question_mask if similarity == "tokenwise" else None
-    log_v = semantic_distribution(image_features, queue_embeds, position_mask=image_mask, **shared)
-    log_t = semantic_distribution(question_embeds, queue_embeds, position_mask=question_mask, **shared)
+    log_v = distribution(image_features, position_mask=image_mask)
+    log_t = distribution(question_embeds, position_mask=question_mask)
     log_from, log_to = (log_v, log_t) if divergence == "v_t" else (log_t, log_v)
     terms = log_from.exp() * (log_from - log_to)  # [B, k]
     rows: Tensor | int = len(terms)
@@ -517,21 +538,21 @@ def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 class BioD2COutput(ModelOutput):
     """Output of `BioD2CForConditionalGeneration`.
 
-    loss: λ·L_sem + L_nll (eq. 5), where labels are given. nll_loss, semantic_loss: its parts (semantic_loss is None without
-    a queue or with λ = 0). logits: [B, L, vocabulary]; in training only the columns that predict a label. image_hidden_states:
-    X_v|t [B, Q, H]. fusion_attentions: (grid pass [B, layers, heads, Q, N²], multi-scale pass [B, layers, heads, Q, M]).
-    hidden_states and attentions are the language model's.
+    loss: λ·L_sem + L_nll (eq. 5), where labels are given. nll_loss, semantic_loss: its parts (semantic_loss is None
+    without a queue or with λ = 0). logits: [B, L, vocabulary]; in training only the columns that predict a label.
+    image_hidden_states: X_v|t [B, Q, H]. fusion_attentions: (grid pass [B, layers, heads, Q, N²], multi-scale pass
+    [B, layers, heads, Q, M]). hidden_states and attentions are the language model's.
     """
 
-    loss: torch.FloatTensor | None = None
-    nll_loss: torch.FloatTensor | None = None
-    semantic_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    nll_loss: Tensor | None = None
+    semantic_loss: Tensor | None = None
+    logits: Tensor | None = None
     past_key_values: Cache | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    fusion_attentions: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+    fusion_attentions: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -556,11 +577,11 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         config.check()
         self.vision_model = vision_model or _vision_model_from_config(config.vision_config)
-        channels = getattr(self.vision_model, "channels", [None])[-1]
+        kind, channels = type(self.vision_model).__name__, getattr(self.vision_model, "channels", [None])[-1]
         if channels != config.vision_hidden_size:
             raise ValueError(
-                f"vision_config: its hidden_size says {config.vision_hidden_size} channels, but {type(self.vision_model).__name__} "
-                f"gives {channels}: must be a BioD2CVisionModel or a transformers backbone, and its last stage"
+                f"vision_config: its hidden_size is {config.vision_hidden_size}, but {kind} gives {channels}; "
+                "must be a BioD2CVisionModel or a transformers backbone, and its last stage"
             )
         self.fusion = FeatureLevelInteraction(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
@@ -584,29 +605,38 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not isinstance(vision, PreTrainedModel):
             vision = _load_vision_model(vision)
         if not isinstance(language_model, PreTrainedModel):
-            language_model = AutoModelForCausalLM.from_pretrained(language_model)
+            folder = language_model
+            language_model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            _refuse_wrong_weights(folder, {"missing": info["missing_keys"]})
+        for module in (*vision.modules(), *language_model.modules()):
+            module._is_hf_initialized = True  # else a layer that was put in by hand would be drawn anew
         full_config = BioD2CConfig(vision_config=vision.config, text_config=language_model.config, **config)
         model = cls(full_config, vision_model=vision, language_model=language_model)
         model.generation_config.update(**language_model.generation_config.to_diff_dict())
         return model
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but a weight that is missing or left over is an error, not a warning: a decoder with random
-        or fewer layers would answer fluently and wrongly.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in transformers, but a weight that is missing, left over or of another shape is an error, not a warning: a
+        decoder with random or fewer layers would answer fluently and wrongly.
 
         Raises:
             ValueError: naming the keys on which the checkpoint's configuration and weights disagree.
         """
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        source, strict = pretrained_model_name_or_path, {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = super().from_pretrained(source, *args, **strict, **kwargs)
         left_over = set(info["unexpected_keys"])
         if not model.config.use_fusion:  # the ablation may start from a full model
-            left_over = {key for key in left_over if not key.startswith("fusion.")}
-        misshapen = set() if tolerant else {f"{key}: {given}, not {wanted}" for key, given, wanted in info["mismatched_keys"]}
-        _refuse_wrong_weights(
-            args[0], {"missing": info["missing_keys"], "not in the configuration": left_over, "of another shape": misshapen}
-        )
+            unused = ("fusion.text_encoder.", "fusion.proj_gate.", "fusion.gate.")
+            left_over = {key for key in left_over if not key.startswith(unused)}
+        misshapen = {f"{key}: {tuple(given)}, not {tuple(wanted)}" for key, given, wanted in info["mismatched_keys"]}
+        problems = {"missing": info["missing_keys"], "not in the configuration": left_over}
+        _refuse_wrong_weights(source, problems if tolerant else {**problems, "of another shape": misshapen})
+        # the old names that it looked for; with them the next save would put the tensors into other shards
+        model._weight_conversions = None
         return (model, info) if output_loading_info else model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -625,7 +655,7 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_decoder()
 
     def train(self, mode: bool = True) -> "BioD2CForConditionalGeneration":
-        """A part none of whose parameters train stays in eval mode: its BatchNorm and dropout are part of what is frozen."""
+        """A part without a trainable parameter stays in eval mode: BatchNorm and dropout are part of what is frozen."""
         super().train(mode)
         for part in (self.vision_model, self.fusion, self.language_model):
             if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -646,7 +676,7 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_grid: Tensor | None = None,
     ) -> Tensor:
         """X_v|t, [B, Q, H]: the image conditioned on the question (eq. 2). Arguments as in `forward`."""
-        question_embeds, question_mask = self._embed(question_input_ids, question_attention_mask)
+        question_embeds, question_mask = self._embed_question(question_input_ids, question_attention_mask)
         return self._interact(pixel_values, image_grid, image_index, question_embeds, question_mask).conditioned
 
     @can_return_tuple
@@ -694,10 +724,12 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: placeholders, images, `image_index` and question do not fit together; both numbers are named.
         """
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("input_ids or inputs_embeds: one of them is needed, got neither")
             # the placeholder's id may lie outside the vocabulary, and its embedding is replaced anyway
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(self._is_placeholder(input_ids), 0))
         interaction = None
-        question_embeds, question_mask = self._embed(question_input_ids, question_attention_mask)
+        question_embeds, question_mask = self._embed_question(question_input_ids, question_attention_mask)
         if pixel_values is not None or image_grid is not None:
             interaction = self._interact(
                 pixel_values, image_grid, image_index, question_embeds, question_mask, output_fusion_attentions
@@ -707,7 +739,9 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self._place_image(inputs_embeds, input_ids, image_features, image_index)
         elif input_ids is not None and input_ids.shape[1] >= self.config.num_visual_tokens:  # no step of decoding
             found = self._is_placeholder(input_ids).sum()
-            torch_compilable_check(found == 0, lambda: f"input_ids has {found} <image> placeholders, but no image is given")
+            torch_compilable_check(
+                found == 0, lambda: f"input_ids has {found} <image> placeholders, but no image is given"
+            )
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # so that padding on the left moves nothing; a mask that covers the cache too is longer than the new tokens
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
@@ -772,8 +806,9 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
         suppress_tokens: list[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers. The image is encoded and fused once, before beams and returned sequences multiply the rows; and
-        the placeholder, which a vocabulary may hold, is never an answer."""
+        """As in transformers. The image is encoded and fused once, before beams and returned sequences multiply the
+        rows; and the placeholder, which a vocabulary may hold, is never an answer.
+        """
         if pixel_values is not None or image_grid is not None:
             kwargs["image_features"] = self.get_image_features(
                 pixel_values, question_input_ids, question_attention_mask, kwargs.get("image_index"), image_grid
@@ -788,12 +823,16 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model_inputs.pop("image_features", None)  # its placeholders are in the cache already
         return model_inputs
 
-    def _embed(self, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _embed_question(self, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if ids is None else self._embed(ids, mask)
+
+    def _embed(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """ε of token ids [..., Q] -> [..., Q, H] and their mask as booleans (None: the padding is read as text)."""
-        if ids is None:
-            return None, None
-        keep = mask is not None and self.config.mask_padding
-        return self.get_input_embeddings()(ids), mask.bool() if keep else None
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(
+                f"question or queue: ids of shape {list(ids.shape)} with a mask of shape {list(mask.shape)}; must agree"
+            )
+        return self.get_input_embeddings()(ids), mask.bool() if mask is not None and self.config.mask_padding else None
 
     def _interact(
         self,
@@ -810,6 +849,8 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 got = "none" if question_embeds is None else f"{question_embeds.shape[1]} tokens"
                 raise ValueError(f"question_input_ids: an image needs its question, [B, {expected}], got {got}")
         if image_grid is None:
+            if pixel_values is None:
+                raise ValueError("pixel_values or image_grid: one of them is needed, got neither")
             image_grid = self.encode_image(pixel_values)
         images, rows = len(image_grid), None if question_embeds is None else len(question_embeds)
         if image_index is None and rows is not None and rows != images:
@@ -833,8 +874,8 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("an image needs input_ids, which say where it stands; got inputs_embeds alone")
         if len(input_ids) != len(image_features):
             raise ValueError(
-                f"input_ids has {len(input_ids)} rows, the image features {len(image_features)}: say with image_index which "
-                "image each row asks"
+                f"input_ids has {len(input_ids)} rows, the image features {len(image_features)}: say with image_index "
+                "which image each row asks"
             )
         placeholders = self._is_placeholder(input_ids)  # [B, L]
         wanted = torch.full_like(input_ids[:, 0], image_features.shape[1])
@@ -852,13 +893,17 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _semantic_loss(
         self,
         interaction: FeatureLevelInteractionOutput,
-        question_embeds: Tensor,
+        question_embeds: Tensor | None,
         question_mask: Tensor | None,
         queue_input_ids: Tensor,
         queue_attention_mask: Tensor | None,
         image_index: Tensor | None,
         num_items: Tensor | int | None,
     ) -> Tensor:
+        if question_embeds is None:
+            raise ValueError(
+                "queue_input_ids: a queue is compared with the question, but question_input_ids is missing"
+            )
         queue_embeds, queue_mask = self._embed(queue_input_ids, queue_attention_mask)
         if image_index is not None:  # a row without an image has nothing to align
             has_image = (image_index >= 0)[:, None, None].expand_as(queue_input_ids)
@@ -909,7 +954,8 @@ def _load_vision_model(folder: str | Path) -> PreTrainedModel:
         with torch.device("meta"):  # only for its class: AutoBackbone.from_pretrained takes no folders
             backbone = type(AutoBackbone.from_config(config))
         model, info = backbone.from_pretrained(folder, config=config, output_loading_info=True)
-    _refuse_wrong_weights(folder, {"missing": info["missing_keys"]})  # what a classifier's folder has more is not needed
+    # what a classifier's folder has more is not needed
+    _refuse_wrong_weights(folder, {"missing": info["missing_keys"]})
     return model
 
 

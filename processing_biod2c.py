@@ -1,12 +1,13 @@
 """Question, image and text queue to BioD2C's inputs: the prompt's tokens, and beside them the question's own.
 
-Unusual here: the question goes in twice. The language model reads it inside the prompt ("<image>Question: … Answer:"), and the
-fusion decoder reads it alone (paper section 3.1), as `question_input_ids`, padded or cut to Q tokens on the right. The chat
-template is the only place where the prompt's form is written; a plain question goes through it as well.
+Unusual here: the question goes in twice. The language model reads it inside the prompt ("<image>Question: … Answer:"),
+and the fusion decoder reads it alone (paper section 3.1), as `question_input_ids`, padded or cut to Q tokens on the
+right. The chat template is the only place where the prompt's form is written; a plain question goes through it as well.
 """
 
 from typing import Any
 
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
@@ -51,7 +52,7 @@ class BioD2CProcessor(ProcessorMixin):
     """
 
     image_token = "<image>"
-    text_kwargs = {"padding": True, "padding_side": "left"}
+    text_kwargs = {"padding": True}
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class BioD2CProcessor(ProcessorMixin):
         tokenizer.add_special_tokens({"extra_special_tokens": [self.image_token]}, replace_extra_special_tokens=False)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"  # answers are written on the right; many tokenizers come with "right" saved
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
     def __call__(
@@ -78,6 +80,7 @@ class BioD2CProcessor(ProcessorMixin):
         questions: str | list[str] | None = None,
         queue: list[Any] | None = None,
         image_index: list[int] | None = None,
+        is_prompt: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Model inputs for a batch of questions, padded on the left.
@@ -85,33 +88,35 @@ class BioD2CProcessor(ProcessorMixin):
         Args:
             images: one image or a list (PIL, NumPy, tensor, path, URL).
             text: a question, or a whole prompt that contains `<image>`; or a list of these.
-            questions: what the fusion decoder is asked; by default the question itself, or, of a whole prompt, what stands
-                between its last "Question:" and "Answer:".
+            questions: what the fusion decoder is asked; by default the question itself, or, of a whole prompt, what
+                stands between its last "Question:" and "Answer:".
             queue: for each row a list of texts related to its image (None or empty: no queue); for one row, its list.
             image_index: for each row the image it asks, -1 for none; by default each row with an image has its own.
+            is_prompt: `text` is whole prompts, BOS included, also where there is no `<image>`.
             kwargs: for the tokenizer and the image processor, such as `padding`, `return_tensors` (default "pt").
 
         Returns:
-            input_ids, attention_mask [B, L]; pixel_values [I, 3, H, W]; question_input_ids, question_attention_mask [B, Q];
-            queue_input_ids, queue_attention_mask [B, k, Q] where a queue is given; image_index [B] where a row does not ask
-            the image of its own number.
+            input_ids, attention_mask [B, L]; pixel_values [I, 3, H, W]; question_input_ids, question_attention_mask
+            [B, Q]; queue_input_ids, queue_attention_mask [B, k, Q] where a queue is given; image_index [B] where a row
+            does not ask the image of its own number.
 
         Raises:
-            ValueError: an empty question, an empty text in a queue, images and `<image>` that do not match, an image that
-                cannot be read.
+            ValueError: an empty question, an empty text in a queue, images and `<image>` that do not match, an image
+                that cannot be read.
         """
-        kwargs = {
-            "return_tensors": "pt",
-            **kwargs,
-            "add_special_tokens": False,
-        }  # BOS and EOS are the template's business
+        # BOS and EOS are the template's business
+        kwargs = {"return_tensors": "pt", **kwargs, "add_special_tokens": False}
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         texts = [text] if isinstance(text, str) else list(text or [])
-        images = [] if images is None else make_flat_list_of_images(self.image_processor.fetch_images(images))
         self._check_questions(texts, "text")
+        if image_index is not None and len(image_index) != len(texts):
+            raise ValueError(f"image_index has {len(image_index)} rows, text has {len(texts)}")
+        images = [] if images is None else make_flat_list_of_images(self.image_processor.fetch_images(images))
+        whole = [is_prompt or self.image_token in t for t in texts]
+        asks = [0 if images else -1] * len(texts) if image_index is None else image_index
         prompts = [
-            self._prompt(t, bool(images) and (image_index is None or image_index[row] >= 0))
-            for row, t in enumerate(texts)
+            (t if is_prompt else self._with_bos(t)) if is_whole else self._prompt(t, has_image=bool(image >= 0))
+            for t, is_whole, image in zip(texts, whole, asks, strict=True)
         ]
         image_index = self._image_index(prompts, len(images), image_index)
         placeholders = [self.image_token * self.num_visual_tokens] * sum(
@@ -125,7 +130,8 @@ class BioD2CProcessor(ProcessorMixin):
         if images:
             data.update(self.image_processor(images, **merged["images_kwargs"]))
             asked = [questions] if isinstance(questions, str) else questions
-            data.update(self._tokenize_questions(asked or [self._question_of(prompt) for prompt in texts]))
+            asked = asked or [self._question_of(t) if whole[row] else t for row, t in enumerate(texts)]
+            data.update(self._tokenize_questions(asked, len(texts)))
         if queue:
             data.update(self._tokenize_queues([queue] if isinstance(queue[0], str) else queue, len(texts)))
         if images and image_index != list(range(len(images))):
@@ -135,30 +141,32 @@ class BioD2CProcessor(ProcessorMixin):
         )
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the text of each conversation's last user turn is the question that the image is asked."""
+        """As in transformers; the text of a conversation's last user turn is the question that the image is asked."""
         if kwargs.get("tokenize"):
             batch = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
             kwargs["processor_kwargs"] = {
                 "questions": [last_question(c) for c in batch],
+                "is_prompt": True,
                 **(kwargs.get("processor_kwargs") or {}),
             }
         return super().apply_chat_template(conversation, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if (
-            backend is not None
-        ):  # else the last call's padding and truncation would be saved as if they were the tokenizer's
+        if backend is not None:  # else the last call's padding and truncation would be saved as the tokenizer's own
             backend.no_padding()
             backend.no_truncation()
+        for trace in ("is_local", "local_files_only"):  # and where it was loaded from
+            self.tokenizer.init_kwargs.pop(trace, None)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(
         cls, folder: Any, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
-        # transformers would look our image processor up among its own; here it needs no second trust_remote_code either
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", folder, **kwargs)
+        # transformers would look our image processor up among its own; and, without a config, ask on stdin whether to
+        # run the folder's code to read one, although the tokenizer needs none
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", folder, config=PreTrainedConfig(), **kwargs)
         return [BioD2CImageProcessor.from_pretrained(folder, **kwargs), tokenizer]
 
     @property
@@ -174,12 +182,12 @@ class BioD2CProcessor(ProcessorMixin):
             "image_index",
         ]
 
-    def _prompt(self, text: str, has_image: bool) -> str:
-        """A whole prompt as it is; a question through the chat template."""
-        if self.image_token in text:
-            bos = self.tokenizer.bos_token
-            return text if bos is None or bos in text else bos + text
-        content = [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
+    def _with_bos(self, text: str) -> str:
+        bos = self.tokenizer.bos_token
+        return text if bos is None or bos in text else bos + text
+
+    def _prompt(self, question: str, has_image: bool) -> str:
+        content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
         return super().apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def _image_index(self, prompts: list[str], num_images: int, image_index: list[int] | None) -> list[int]:
@@ -192,23 +200,23 @@ class BioD2CProcessor(ProcessorMixin):
         if image_index is None:
             if sum(counts) != num_images:
                 raise ValueError(
-                    f"{num_images} images for {sum(counts)} rows with {self.image_token}: give one image a row, or say with "
-                    "image_index which row asks which image"
+                    f"{num_images} images for {sum(counts)} rows with {self.image_token}: give one image a row, or say "
+                    "with image_index which row asks which image"
                 )
             images = iter(range(num_images))
             return [next(images) if count else -1 for count in counts]
         image_index = [int(index) for index in image_index]
         if [index >= 0 for index in image_index] != [count == 1 for count in counts] or max(image_index) >= num_images:
             raise ValueError(
-                f"image_index={image_index}: must name, for each of {len(prompts)} rows, one of {num_images} images where the "
-                f"row has {self.image_token} and -1 where it has none"
+                f"image_index={image_index}: must name, for each of {len(prompts)} rows, one of {num_images} images "
+                f"where the row has {self.image_token} and -1 where it has none"
             )
         return image_index
 
     def _question_of(self, text: str) -> str:
         """The question in a prompt of our form; of any other text, all but the placeholder and special tokens."""
-        question = text.rpartition("Question:")[2].rpartition("Answer:")
-        question = question[0] or question[2]
+        before, _, after = text.rpartition("Question:")[2].rpartition("Answer:")
+        question = before or after
         for token in [self.image_token, *self.tokenizer.all_special_tokens]:
             question = question.replace(token, " ")
         return question.strip()
@@ -220,8 +228,10 @@ class BioD2CProcessor(ProcessorMixin):
             if not isinstance(question, str) or not question.strip():
                 raise ValueError(f"{name}, row {row}: expected a question, got {question!r}")
 
-    def _tokenize_questions(self, questions: list[str]) -> dict[str, Any]:
+    def _tokenize_questions(self, questions: list[str], num_rows: int) -> dict[str, Any]:
         self._check_questions(questions, "questions")
+        if len(questions) != num_rows:
+            raise ValueError(f"questions has {len(questions)} rows, text has {num_rows}")
         bos = self.tokenizer.bos_token or ""
         return self._to_length([self.question_template.format(question=q, bos=bos) for q in questions], "question")
 
@@ -231,6 +241,8 @@ class BioD2CProcessor(ProcessorMixin):
             raise ValueError(f"queue has {len(queues)} rows, text has {num_rows}")
         rows = [list(row or []) for row in queues]
         for number, row in enumerate(rows):
+            if isinstance(queues[number], str):
+                raise ValueError(f"queue, row {number}: expected a list of texts, got {queues[number]!r}")
             for position, text in enumerate(row):
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(
@@ -271,7 +283,7 @@ def last_question(conversation: list[dict]) -> str:
     for message in reversed(conversation):
         if message["role"] == "user":
             content = message["content"]
-            parts = [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+            parts = [content] if isinstance(content, str) else [str(p["text"]) for p in content if p["type"] == "text"]
             if question := " ".join(parts).strip():
                 return question
     raise ValueError("the conversation has no user turn with text: an image needs a question")

@@ -255,7 +255,7 @@ def test_more_scales_than_cells_is_an_error():
 
 @pytest.mark.parametrize("name", [*R.SEMANTIC, "small"])
 def test_semantic_loss_alone(name):
-    stored = tuple(PURE[f"sem.small.{x}"] for x in ("text", "image", "queue")) + (0.1,)
+    stored = (*(PURE[f"sem.small.{x}"] for x in ("text", "image", "queue")), 0.1)
     text, image, queue, temperature = stored if name == "small" else R.semantic_inputs(SEED)[name]
     image.requires_grad_()
     loss = semantic_loss(image, text, queue, temperature=temperature, divergence="t_v")

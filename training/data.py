@@ -6,9 +6,10 @@ and encoded once, and `image_index` says which row asks which image.
 
 import io
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
@@ -93,27 +94,40 @@ class ImageCache:
 
 
 class ImageGroupedSampler(Sampler[int]):
-    """Shuffled rows in groups of up to `rows_per_image` of one image, so that neighbours in a batch share their
-    image."""
+    """Shuffled rows in groups of up to `rows_per_image` of one image, neighbours of like length.
 
-    def __init__(self, images: list[str], rows_per_image: int, seed: int) -> None:
-        self.rows_per_image, self.seed, self.epoch = rows_per_image, seed, 0
+    A batch is a run of neighbours: its rows share images, each encoded once, and few are padded far. Which rows of an
+    image meet, and which groups, changes from epoch to epoch; both depend on `seed` and the epoch alone.
+    """
+
+    GROUPS_SORTED = 64  # sorted by length among so many: batches are even, yet an epoch is mixed
+
+    def __init__(self, images: Sequence[str], lengths: Sequence[int], rows_per_image: int, seed: int) -> None:
+        self.lengths, self.rows_per_image, self.seed, self.epoch = lengths, rows_per_image, seed, 0
         self.rows_of: dict[str, list[int]] = {}
         for row, image in enumerate(images):
             self.rows_of.setdefault(image, []).append(row)
-        self.length = len(images)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        random = np.random.default_rng((self.seed, self.epoch))
+        jittered = np.asarray(self.lengths) * random.uniform(0.7, 1.3, len(self))
         groups = []
         for rows in self.rows_of.values():
-            shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator)]
-            groups += [shuffled[i : i + self.rows_per_image] for i in range(0, len(rows), self.rows_per_image)]
-        for i in torch.randperm(len(groups), generator=generator).tolist():
-            yield from groups[i]
+            ordered = sorted(rows, key=jittered.__getitem__)
+            groups += [ordered[i : i + self.rows_per_image] for i in range(0, len(rows), self.rows_per_image)]
+        random.shuffle(groups)
+        for i in range(0, len(groups), self.GROUPS_SORTED):
+            for group in sorted(groups[i : i + self.GROUPS_SORTED], key=lambda group: jittered[group].max()):
+                yield from group
+
+
+def text_lengths(rows: Dataset) -> list[int]:
+    """Characters of each row's question, answer and earlier turns: near enough to order rows by their tokens."""
+    turns = [sum(len(turn["content"]) for turn in history) for history in rows["history"]]
+    return [sum(map(len, texts)) + n for *texts, n in zip(rows["question"], rows["answer"], turns, strict=True)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .data import ImageGroupedSampler
+from .data import ImageGroupedSampler, text_lengths
 
 
 class BioD2CTrainer(Trainer):
@@ -28,9 +28,8 @@ class BioD2CTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.rows_per_image == 1:
             return super()._get_train_sampler(train_dataset)
-        return ImageGroupedSampler(
-            self.train_dataset["image_sha256"], self.rows_per_image, self.args.data_seed or self.args.seed
-        )
+        rows, seed = self.train_dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ImageGroupedSampler(rows["image_sha256"], text_lengths(rows), self.rows_per_image, seed)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -170,7 +170,10 @@ def test_default_splits_leave_out_what_cannot_teach(slake_row):
 
 def test_errors_are_one_line(tmp_path, capsys, make_slake, slake_row):
     assert main(["build", "all", str(tmp_path / "none.yaml")]) == 2
-    assert main(["build", "ingest", "--source", "slake", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "o")]) == 2
+    assert (
+        main(["build", "ingest", "--source", "slake", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "o")])
+        == 2
+    )
     bad = make_slake({"train.json": [slake_row(1, answer=None)]})
     assert main(["build", "ingest", "--source", "slake", "--data", str(bad), "--output", str(tmp_path / "o")]) == 2
     assert (tmp_path / "o" / "bad_rows.jsonl").read_text().count("\n") == 1

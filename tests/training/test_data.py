@@ -44,7 +44,8 @@ def test_the_question_is_the_rows_own_and_the_queue_is_cut(make_rows, processor)
 @settings(max_examples=50, deadline=None)
 def test_the_sampler_gives_every_row_once_in_groups_of_one_image(counts, size, seed):
     images = [f"image{i}" for i, count in enumerate(counts) for _ in range(count)]
-    sampler = ImageGroupedSampler(images, size, seed)
+    lengths = [1 + row % 5 for row in range(len(images))]
+    sampler = ImageGroupedSampler(images, lengths, size, seed)
     order = list(sampler)
     assert sorted(order) == list(range(len(images))) and len(sampler) == len(images)
     runs = Counter()
