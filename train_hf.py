@@ -44,9 +44,9 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
         rows_per_image=recipe.rows_per_image,
     )
     output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero():
         print(parts_table(model))
-        output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint or get_last_checkpoint(str(output)))
     trainer.save_model()

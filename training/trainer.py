@@ -22,8 +22,9 @@ class BioD2CTrainer(Trainer):
     def __init__(self, *args: Any, rows_per_image: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rows_per_image = rows_per_image
-        self.loss_parts: dict[str, Tensor] = {}
-        self.parts_logged_at = 0
+        # summed since the last log, on the device, so that no step waits: nll, semantic, batches that had the latter
+        self.loss_parts = torch.zeros(3, device=self.args.device)
+        self.parts_from_step: int | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.rows_per_image == 1:
@@ -43,19 +44,24 @@ class BioD2CTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            for name in ("nll_loss", "semantic_loss"):
-                if outputs.get(name) is not None:
-                    part = outputs[name].detach()
-                    self.loss_parts[name] = self.loss_parts.get(name, torch.zeros_like(part)) + part
+            if self.parts_from_step is None:
+                self.parts_from_step = self.state.global_step
+            self.loss_parts[0] += outputs["nll_loss"].detach()
+            if (semantic := outputs.get("semantic_loss")) is not None:
+                self.loss_parts[1] += semantic.detach()
+                self.loss_parts[2] += 1
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.loss_parts:
-            steps = self.state.global_step - self.parts_logged_at
-            for name, part in self.loss_parts.items():  # each process holds its share of the sums
-                shares = self.accelerator.gather(part[None]) if self.args.world_size > 1 else part[None]
-                logs[name] = shares.sum().item() / steps
-            self.loss_parts, self.parts_logged_at = {}, self.state.global_step
+        if "loss" in logs and self.parts_from_step is not None:
+            # each process holds its share of the sums; all ask for both, whether their own rows had a queue or not
+            nll, semantic, batches = self.accelerator.gather(self.loss_parts[None]).sum(0).tolist()
+            steps = self.state.global_step - self.parts_from_step
+            logs["nll_loss"] = nll / steps
+            if batches:
+                logs["semantic_loss"] = semantic / steps
+            self.loss_parts.zero_()
+            self.parts_from_step = None
         super().log(logs, start_time)
 
 
