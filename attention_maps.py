@@ -119,6 +119,8 @@ def _draw_heat(axis: "Axes", heat: Tensor, extent: tuple[int, int, int, int]) ->
 
 
 def _draw_mask(axis: "Axes", mask: np.ndarray, extent: tuple[int, int, int, int]) -> None:
-    outside = np.where(mask, np.nan, 1.0)  # nan is left transparent: the organ stays lit, the rest is dimmed
-    axis.imshow(outside, extent=extent, cmap="gray_r", vmin=0, vmax=1, alpha=0.7, interpolation="nearest")
+    if mask.ndim != 2:
+        raise ValueError(f"reference_mask has shape {mask.shape}, must be [height, width]")
+    inside = np.where(mask, 1.0, np.nan)  # nan is left transparent
+    axis.imshow(inside, extent=extent, cmap="summer", vmin=0, vmax=1.2, alpha=0.5, interpolation="nearest")
     axis.set_title("true mask")

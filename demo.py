@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 OUTPUT = Path("out/demo")
 SLAKE = ROOT / "examples/slake"
 # A held-out image with its organs' masks, and what is asked of it
-IMAGE, ORGAN = SLAKE / "imgs/xmlab229/source.jpg", "Liver"
+IMAGE, ORGAN = SLAKE / "imgs/xmlab270/source.jpg", "Liver"
 QUESTIONS = ("What modality is used to take this image?", "Does the picture contain liver?", "Where is the liver?")
 
 ASK = """
@@ -96,7 +96,7 @@ def draw_attention(checkpoint: Path, path: Path) -> None:
     model, processor = load(str(checkpoint))
     inputs = processor(images=IMAGE, text=QUESTIONS[-1]).to(model.device, model.dtype)
     answer = generate_answer(model, processor, inputs)
-    mask = np.asarray(Image.open(IMAGE.with_name("mask.png"))) == _grey_value(ORGAN)
+    mask = np.asarray(Image.open(IMAGE.with_name("mask.png")).convert("L")) == _grey_value(ORGAN)
     save_overlay(
         Image.open(IMAGE), heat_maps(model, inputs)[0], path, question=QUESTIONS[-1], answer=answer, reference_mask=mask
     )

@@ -213,12 +213,18 @@ class MultiScaleFeatureEnhancement(nn.Module):
         else:
             # the mean of means and the max of maxes: each scale comes from the next finer one
             block = (grid.shape[-2] // finest, grid.shape[-1] // finest)
-            mean, peak = (grid, grid) if block == (1, 1) else (F.avg_pool2d(grid, block), F.max_pool2d(grid, block))
-            scales = [mean + peak]
+            one_cell = block == (1, 1)  # the finest blocks are single cells, each its own mean and maximum
+            mean, peak = (grid, grid) if one_cell else (F.avg_pool2d(grid, block), F.max_pool2d(grid, block))
+            scales = [grid if one_cell else mean + peak]
             for _ in range(self.num_scales - 1):
-                mean, peak = F.avg_pool2d(mean, 2), F.max_pool2d(peak, 2)
+                mean = F.avg_pool2d(mean, 2)
+                peak = torch.maximum(peak[..., ::2, :], peak[..., 1::2, :])  # max_pool2d would store where each one was
+                peak = torch.maximum(peak[..., ::2], peak[..., 1::2])
                 scales.insert(0, mean + peak)
-        return torch.cat([scale.permute(0, 2, 3, 1).flatten(1, 2) for scale in scales], dim=1)
+        cells = torch.cat([scale.permute(0, 2, 3, 1).flatten(1, 2) for scale in scales], dim=1)
+        if finest == grid.shape[-1] == grid.shape[-2]:
+            cells[:, -(finest**2) :] *= 2  # mean + maximum of a single cell, in place: it is three quarters of all
+        return cells
 
 
 class DecoderAttention(nn.Module):

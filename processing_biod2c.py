@@ -29,6 +29,7 @@ CHAT_TEMPLATE = """\
     {%- for part in parts if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
     {{- 'Question: ' if message['role'] == 'user' else '' -}}
     {%- for part in parts if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
+    {{- '\n' if message['role'] == 'system' else '' -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- ' Answer:' -}}{%- endif -%}

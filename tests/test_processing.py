@@ -316,8 +316,8 @@ def test_chat_as_text(processor):
     assert asked == wanted.removesuffix(" no</s>")
     plain = [{"role": "user", "content": "Is it left?"}, {"role": "assistant", "content": "no"}]
     assert processor.apply_chat_template(plain) == "<s>Question: Is it left? Answer: no</s>"
-    system = [turn("system", "Be brief. "), *TALK[:1]]
-    assert processor.apply_chat_template(system) == "<s>Be brief. <image>Question: Is it left?"
+    system = [turn("system", "Be brief."), *TALK[:1]]
+    assert processor.apply_chat_template(system) == "<s>Be brief.\n<image>Question: Is it left?"
 
 
 def test_a_chat_equals_the_question_it_asks(processor, image):
@@ -418,8 +418,8 @@ def test_the_authors_prompt(build, image):
     assert texts(processor, processor(text="Is it?")) == ["<s>Question: Is it? Answer:"]
     talk = processor.apply_chat_template(TALK)
     assert talk == "<image><s>Question: Is it left? Answer: Yes, it is.</s>Question: And the liver? Answer: no</s>"
-    system = processor.apply_chat_template([turn("system", "Be brief. "), *TALK[:1]])
-    assert system == "<s>Be brief. <image>Question: Is it left?"
+    system = processor.apply_chat_template([turn("system", "Be brief."), *TALK[:1]])
+    assert system == "<s>Be brief.\n<image>Question: Is it left?"
 
 
 def test_last_question():
