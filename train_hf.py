@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
+from biod2c.training.checkpoints import checkpoint_to_continue
 from biod2c.training.data import AnswerCollator, load_rows
 from biod2c.training.model import build_model, parts_table, select_parts
 from biod2c.training.recipe import Recipe, load_recipe
@@ -29,6 +30,9 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     """
     recipe, arguments, values = load_recipe(recipe_path, overrides)
     arguments.remove_unused_columns = False  # the collator reads the columns
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    start = checkpoint_to_continue(output, values, arguments.resume_from_checkpoint)
     set_seed(arguments.seed)
     rows = load_rows(recipe, recipe.train_split)
     eval_rows = load_rows(recipe, recipe.eval_split) if recipe.eval_split else None
@@ -43,12 +47,10 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
         processing_class=processor,
         rows_per_image=recipe.rows_per_image,
     )
-    output = Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero():
         print(parts_table(model))
         (output / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint or get_last_checkpoint(str(output)))
+    trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     trainer.save_state()
     return output

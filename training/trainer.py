@@ -1,12 +1,17 @@
 """transformers' Trainer, with both parts of the loss counted and logged exactly."""
 
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
+from .checkpoints import UNFINISHED, publish
 from .data import ImageGroupedSampler, text_lengths
 
 
@@ -16,15 +21,50 @@ class BioD2CTrainer(Trainer):
 
     Its own `num_items_in_batch` counts label tokens; the semantic loss is a mean over rows with a queue, so these are
     counted too and travel with each batch as `num_semantic_items_in_batch`. `nll_loss` and `semantic_loss` are logged
-    beside `loss`.
+    beside `loss`. Checkpoints appear under their names only when they are whole (see checkpoints.py).
     """
 
     def __init__(self, *args: Any, rows_per_image: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rows_per_image = rows_per_image
+        self.saving = False
         # summed since the last log, on the device, so that no step waits: nll, semantic, batches that had the latter
         self.loss_parts = torch.zeros(3, device=self.args.device)
         self.parts_from_step: int | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self.saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self.args.output_dir)
+        written, final = (folder / f"checkpoint-{self.state.global_step}" for folder in (run / UNFINISHED, run))
+        if self.args.should_save:
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)  # what an earlier kill left there
+        self.accelerator.wait_for_everyone()
+        self.saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.saving = False
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(written / "trainer_state.json"))
+            publish(written, final)
+            rotate_checkpoints(
+                str(run),
+                self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # a pickle that says what recipe.yaml says
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.rows_per_image == 1:
