@@ -81,33 +81,40 @@ class BioD2CImageProcessor(PilBackend):
         return super().preprocess(flat, *args, **kwargs)
 
 
-def open_image(source: str | os.PathLike) -> Image.Image:
-    """Open and decode an image whole: a file, an http(s):// or data:image/ address, or base64 text.
+def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """Open and decode an image whole: a file, its bytes, an http(s):// or data:image/ address, or base64 text.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
+    if isinstance(source, bytes):
+        return _decode(BytesIO(source), "image")
     name = str(source)
-    is_file, name = os.path.isfile(source), name if len(name) < 300 else f"{name[:40]}..."
+    if os.path.isfile(source):
+        return _decode(source, name)
+    if name.startswith(("http://", "https://")):
+        return load_image(name)
+    short = name if len(name) < 300 else f"{name[:40]}..."
     try:
-        if name.startswith(("http://", "https://")):
-            return load_image(source)
-        with Image.open(source if is_file else _decode_base64(str(source)), formats=FORMATS) as image:
+        return _decode(BytesIO(base64.b64decode(name.rpartition("base64,")[2], validate=True)), short)
+    except ValueError as error:
+        if error.__cause__ is not None and not isinstance(error.__cause__, UnidentifiedImageError):
+            raise  # an image, but a damaged one
+        expected = "a path, an http(s):// or data:image/ address, or base64 text is expected"
+        raise ValueError(f"{short}: no such image file ({expected})") from error
+
+
+def _decode(file: str | os.PathLike | BytesIO, name: str) -> Image.Image:
+    try:
+        with Image.open(file, formats=FORMATS) as image:
             image.load()
             return image
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: {error}; shrink the image first") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not an image that can be read here; convert it to PNG or JPEG") from error
     except DAMAGE as error:
-        if not is_file and isinstance(error, (UnidentifiedImageError, ValueError)):
-            expected = "a path, an http(s):// or data:image/ address, or base64 text is expected"
-            raise ValueError(f"{name}: no such image file ({expected})") from error
-        if isinstance(error, UnidentifiedImageError):
-            raise ValueError(f"{name}: not an image that can be read here; convert it to PNG or JPEG") from error
         raise ValueError(f"{name}: the image is damaged or cut off ({error})") from error
-
-
-def _decode_base64(text: str) -> BytesIO:
-    return BytesIO(base64.b64decode(text.rpartition("base64,")[2], validate=True))
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

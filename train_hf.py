@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import set_seed
 
 from biod2c.training.checkpoints import checkpoint_to_continue
-from biod2c.training.data import AnswerCollator, load_rows
+from biod2c.training.data import AnswerCollator, BadSampleLimit, load_rows
+from biod2c.training.held_out import draw_losses
 from biod2c.training.model import build_model, parts_table, select_parts
 from biod2c.training.recipe import Recipe, load_recipe
 from biod2c.training.trainer import BioD2CTrainer
@@ -33,6 +35,7 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     start = checkpoint_to_continue(output, values, arguments.resume_from_checkpoint)
+    bad_samples = output / "bad_samples.jsonl"
     set_seed(arguments.seed)
     rows = load_rows(recipe, recipe.train_split)
     eval_rows = load_rows(recipe, recipe.eval_split) if recipe.eval_split else None
@@ -43,16 +46,22 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
         args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        data_collator=AnswerCollator(processor, model.config.semantic_queue_size, recipe.image_cache),
+        data_collator=AnswerCollator(processor, model.config.semantic_queue_size, recipe.image_cache, bad_samples),
+        callbacks=[BadSampleLimit(bad_samples, len(rows), recipe.bad_sample_limit)],
         processing_class=processor,
         rows_per_image=recipe.rows_per_image,
+        eval_questions=recipe.eval_questions,
     )
+    if recipe.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
     if trainer.is_world_process_zero():
         print(parts_table(model))
         (output / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        draw_losses(trainer.state.log_history, output / "losses.png")
     return output
 
 
@@ -65,7 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not argv or argv[0].startswith("-"):
         raise ValueError("which recipe? train_hf.py RECIPE.yaml [--field value ...]")
-    print(f"wrote {train(Path(argv[0]), argv[1:])}")
+    print(f"wrote {train(find_recipe(argv[0]), argv[1:])}")
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file; a name such as `ablations/wo_fusion` stands for one that comes with the package."""
+    packaged = Path(__file__).parent / "recipes" / f"{name.removesuffix('.yaml')}.yaml"
+    return packaged if packaged.is_file() and not Path(name).exists() else Path(name)
 
 
 if __name__ == "__main__":

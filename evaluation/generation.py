@@ -10,20 +10,17 @@ import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Literal
 
 from datasets import Dataset
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from ..image_processing_biod2c import open_image
 
 ImageMode = Literal["normal", "blank", "shuffled"]
 
 SHUFFLE_SEED = 0
 GREY = (127, 127, 127)
-# An explicit list keeps Pillow's rarer parsers away from downloaded files.
-_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP")
-# What Pillow raises for broken files; its PNG parser raises SyntaxError for a broken chunk.
-_IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +102,11 @@ def shown_rows(images: Sequence[str], mode: ImageMode) -> list[int]:
 def decode_image(encoded: Mapping[str, Any] | None) -> Image.Image:
     """The picture in an undecoded image column's {bytes, path}, completely decoded.
 
-    Raises OSError, ValueError, SyntaxError or DecompressionBombError where there is none.
+    Raises ValueError where there is none, or a damaged one.
     """
     if encoded is None:
         raise ValueError("the row has no image")
-    source = encoded["path"] if encoded["bytes"] is None else BytesIO(encoded["bytes"])
-    try:
-        image = Image.open(source, formats=_FORMATS)
-    except UnidentifiedImageError:  # whose message is the address of a buffer
-        raise ValueError(f"not an image file of the formats {', '.join(_FORMATS)}") from None
-    image.load()
-    return image
+    return open_image(encoded["path"] if encoded["bytes"] is None else encoded["bytes"])
 
 
 def _load_images(dataset: Dataset, rows: set[int], blank: bool) -> tuple[dict[int, Image.Image], dict[int, str]]:
@@ -124,8 +115,8 @@ def _load_images(dataset: Dataset, rows: set[int], blank: bool) -> tuple[dict[in
     for row in sorted(rows):
         try:
             image = decode_image(dataset[row]["image"])
-        except _IMAGE_ERRORS as error:
-            errors[row] = f"{type(error).__name__}: {error}"
+        except ValueError as error:
+            errors[row] = str(error)
         else:
             images[row] = Image.new("RGB", image.size, GREY) if blank else image
     return images, errors

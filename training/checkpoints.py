@@ -18,7 +18,7 @@ from .recipe import Recipe
 
 UNFINISHED = "unfinished"
 # What may change between a run and its continuation: it moves no number
-_FREE = {"image_cache", "eval_split"}
+_FREE = {"image_cache", "bad_sample_limit", "eval_split", "eval_questions", "early_stopping_patience"}
 
 
 def publish(written: Path, final: Path) -> None:

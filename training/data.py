@@ -4,9 +4,10 @@ Unusual here: a batch is not a row's image and a row's text. The rows of one ima
 and encoded once, and `image_index` says which row asks which image.
 """
 
-import io
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
-from ..image_processing_biod2c import upright_rgb
+from ..image_processing_biod2c import open_image, upright_rgb
 from ..processing_biod2c import BioD2CProcessor
 from .recipe import Recipe
 
@@ -37,13 +39,22 @@ def load_rows(recipe: Recipe, split: str) -> Dataset:
 
 
 class AnswerCollator:
-    """Rows -> a batch with labels: -100 everywhere but on the answers and their end tokens."""
+    """Rows -> a batch with labels: -100 everywhere but on the answers and their end tokens.
 
-    def __init__(self, processor: BioD2CProcessor, queue_size: int, image_cache: int = 0) -> None:
-        self.processor, self.queue_size = processor, queue_size
+    A row whose image cannot be read is left out, and its id and the reason are written to the file `bad_samples`.
+    """
+
+    def __init__(
+        self, processor: BioD2CProcessor, queue_size: int, image_cache: int = 0, bad_samples: Path | None = None
+    ) -> None:
+        self.processor, self.queue_size, self.bad_samples = processor, queue_size, bad_samples
         self.images = ImageCache(processor, image_cache)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Raises ValueError if none of the rows has an image that can be read."""
+        rows = [row for row in rows if self._is_readable(row)]
+        if not rows:
+            raise ValueError(f"no row of a batch has an image that can be read; the reasons are in {self.bad_samples}")
         positions: dict[str, int] = {}
         image_index = [positions.setdefault(row["image_sha256"], len(positions)) for row in rows]
         first = {row["image_sha256"]: row for row in reversed(rows)}
@@ -64,6 +75,18 @@ class AnswerCollator:
         answers = batch.pop("assistant_masks").bool()
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
         return dict(batch)
+
+    def _is_readable(self, row: dict[str, Any]) -> bool:
+        try:
+            self.images.get(row)
+        except ValueError as error:
+            if self.bad_samples is None:
+                raise ValueError(f"row {row['id']}: {error}") from error
+            record = {"id": row["id"], "image_id": row["image_id"], "source": row["source"], "error": str(error)}
+            with self.bad_samples.open("a") as stream:  # one write a line: data loader processes share the file
+                stream.write(json.dumps(record) + "\n")
+            return False
+        return True
 
     def _conversation(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         question = [{"type": "image"}, {"type": "text", "text": row["question"]}]
@@ -86,9 +109,10 @@ class ImageCache:
     def get(self, row: dict[str, Any]) -> PILImage.Image:
         image = self.kept.pop(row["image_sha256"], None)
         if image is None:
-            image = upright_rgb(PILImage.open(io.BytesIO(row["image"]["bytes"]))).resize(self.size, self.resample)
+            source = row["image"]["path"] if row["image"]["bytes"] is None else row["image"]["bytes"]
+            image = upright_rgb(open_image(source)).resize(self.size, self.resample)
         self.kept[row["image_sha256"]] = image
-        if len(self.kept) > self.capacity:
+        if len(self.kept) > max(self.capacity, 1):  # always the last one, which is asked for twice
             self.kept.popitem(last=False)
         return image
 
@@ -125,6 +149,23 @@ class ImageGroupedSampler(Sampler[int]):
         for i in range(0, len(groups), self.GROUPS_SORTED):
             for group in sorted(groups[i : i + self.GROUPS_SORTED], key=lambda group: jittered[group].max()):
                 yield from group
+
+
+class BadSampleLimit(TrainerCallback):
+    """Ends the run in error when more than `limit` (a share) of `num_rows` could not be read."""
+
+    def __init__(self, bad_samples: Path, num_rows: int, limit: float) -> None:
+        self.bad_samples, self.num_rows, self.limit = bad_samples, num_rows, limit
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if not self.bad_samples.exists():
+            return
+        count = len({json.loads(line)["id"] for line in self.bad_samples.read_text().splitlines()})
+        if count > self.limit * self.num_rows:
+            raise ValueError(
+                f"{count} of {self.num_rows} rows could not be read, more than the limit of {self.limit:.1%}; the "
+                f"reasons are in {self.bad_samples}. Mend them, or raise bad_sample_limit"
+            )
 
 
 def text_lengths(rows: Dataset) -> list[int]:

@@ -43,8 +43,13 @@ class Recipe:
         dataset_config: its configuration: "pretrain" for stage 1, "default" for stage 2.
         sources: keep only the rows of these sources (empty: all).
         train_split, eval_split: split names; no `eval_split`, no evaluation.
+        eval_questions: at each evaluation, so many held-out questions are answered and scored (eval_accuracy,
+            eval_closed_acc ...; `metric_for_best_model` may name one).
+        early_stopping_patience: end the run after so many evaluations without a better `metric_for_best_model`.
         rows_per_image: up to so many rows of one image stand in a batch together, and encode it once.
         image_cache: decoded, resized images to keep in memory, a process.
+        bad_sample_limit: the share of rows with an unreadable image past which the run ends in error; below it they are
+            left out and recorded in bad_samples.jsonl.
     """
 
     dataset: str
@@ -60,8 +65,11 @@ class Recipe:
     sources: list[str] = field(default_factory=list)
     train_split: str = "train"
     eval_split: str | None = None
+    eval_questions: int = 0
+    early_stopping_patience: int | None = None
     rows_per_image: int = 1
     image_cache: int = 0
+    bad_sample_limit: float = 0.01
 
     def __post_init__(self) -> None:
         starts = {

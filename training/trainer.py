@@ -13,6 +13,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .checkpoints import UNFINISHED, publish
 from .data import ImageGroupedSampler, text_lengths
+from .held_out import score_answers
 
 
 class BioD2CTrainer(Trainer):
@@ -24,9 +25,9 @@ class BioD2CTrainer(Trainer):
     beside `loss`. Checkpoints appear under their names only when they are whole (see checkpoints.py).
     """
 
-    def __init__(self, *args: Any, rows_per_image: int = 1, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rows_per_image: int = 1, eval_questions: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rows_per_image = rows_per_image
+        self.rows_per_image, self.eval_questions = rows_per_image, eval_questions
         self.saving = False
         # summed since the last log, on the device, so that no step waits: nll, semantic, batches that had the latter
         self.loss_parts = torch.zeros(3, device=self.args.device)
@@ -91,6 +92,35 @@ class BioD2CTrainer(Trainer):
                 self.loss_parts[1] += semantic.detach()
                 self.loss_parts[2] += 1
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> tuple:
+        """Sums, so that the held-out losses are means over all tokens and all rows, not over batches."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        self.eval_sums[:2] += torch.stack([outputs["nll_loss"] * tokens, tokens])
+        if (semantic := outputs.get("semantic_loss")) is not None:
+            rows = _rows_with_queue(inputs)
+            self.eval_sums[2:] += torch.stack([semantic * rows, semantic.new_tensor(rows)])
+        return outputs["loss"].detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self.eval_sums = torch.zeros(4, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nll, tokens, semantic, rows = self.accelerator.gather(self.eval_sums[None]).sum(0).tolist()
+        metrics = {"nll_loss": nll / max(tokens, 1)}
+        metrics["loss"] = metrics["nll_loss"]
+        if rows:
+            metrics["semantic_loss"] = semantic / rows
+            metrics["loss"] += self.model.config.semantic_loss_weight * metrics["semantic_loss"]
+        if self.eval_questions:
+            model = self.accelerator.unwrap_model(self.model).eval()
+            batch_size = self.args.per_device_eval_batch_size
+            rows_asked = self.eval_dataset
+            metrics |= score_answers(model, self.processing_class, rows_asked, self.eval_questions, batch_size)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.parts_from_step is not None:

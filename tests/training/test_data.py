@@ -1,7 +1,9 @@
 """Rows to batches: what is learned, which image each row asks, and in what order rows come."""
 
+import json
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +20,21 @@ def test_only_answers_and_their_end_tokens_are_learned(make_rows, processor):
         assert torch.equal(labels[learned], ids[learned])
         answers = [turn["content"] for turn in row["history"] if turn["role"] == "assistant"] + [row["answer"]]
         assert processor.tokenizer.decode(labels[learned]) == "".join(f" {answer}</s>" for answer in answers)
+
+
+def test_a_damaged_image_is_left_out_and_recorded(make_rows, processor, tmp_path):
+    rows = make_rows(2, 2)
+    rows[1]["image"] = rows[0]["image"] = {"bytes": rows[0]["image"]["bytes"][:200], "path": None}
+    collator = AnswerCollator(processor, queue_size=2, bad_samples=tmp_path / "bad_samples.jsonl")
+    batch = collator(rows)
+    assert len(batch["input_ids"]) == 2 and len(batch["pixel_values"]) == 1
+    records = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == ["0-0", "0-1"]
+    assert all("damaged or cut off" in record["error"] for record in records)
+    with pytest.raises(ValueError, match=r"no row of a batch .* reasons are in .*bad_samples\.jsonl"):
+        collator(rows[:2])
+    with pytest.raises(ValueError, match="row 0-0: image: the image is damaged"):
+        AnswerCollator(processor, queue_size=2)(rows)
 
 
 def test_an_image_stands_once_in_a_batch(make_rows, processor):

@@ -1,8 +1,13 @@
 """A recipe and its overrides: what is accepted, and what each mistake is told."""
 
+from pathlib import Path
+
 import pytest
 
+from biod2c.train_hf import find_recipe
 from biod2c.training.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def test_overrides_are_read_as_yaml_and_reach_into_nested_fields(make_recipe):
@@ -48,3 +53,25 @@ def test_a_file_that_is_no_recipe(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"none\.yaml"):
         load_recipe(tmp_path / "none.yaml", [])
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.rglob("*stage*.yaml")) + sorted(RECIPES.glob("ablations/*.yaml")), ids=str
+)
+def test_every_recipe_in_the_repository_is_understood(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe, arguments, _ = load_recipe(path, ["--bf16", "false"])  # a GPU's business
+    assert arguments.learning_rate > 0 and arguments.output_dir.startswith("out/")
+    if "demo" not in path.parts:  # the paper's hyperparameters (section 4.1)
+        assert arguments.learning_rate == (5e-5 if path.stem == "stage1" else 2e-5)
+        assert arguments.num_train_epochs == (1 if path.stem == "stage1" else 5)
+        assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 32
+        assert recipe.train == (["fusion"] if path.stem == "stage1" else ["fusion", "lora"])
+
+
+def test_recipes_of_the_package_go_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("ablations/wo_fusion").is_file()
+    assert find_recipe("mine.yaml") == Path("mine.yaml")
+    (tmp_path / "stage1.yaml").write_text("mine")
+    assert find_recipe("stage1.yaml") == Path("stage1.yaml")  # a file that is there comes first

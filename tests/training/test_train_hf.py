@@ -1,24 +1,24 @@
 """Whole runs of `train_hf.py` on a tiny model: what is logged, what learns, what is saved, and that a run continues."""
 
+import io
 import json
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset, Image
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from biod2c import BioD2CForConditionalGeneration, BioD2CProcessor
+from biod2c.dataset_builder.schema import FEATURES
 from biod2c.train_hf import main, train
+from biod2c.training.data import AnswerCollator
 from biod2c.training.merge import merge_adapter
 
 
 def history(folder):
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
-
-
-@pytest.fixture(scope="module")
-def module_recipe(tmp_path_factory):
-    return tmp_path_factory.mktemp("stage1")
 
 
 def test_both_losses_are_logged_and_sum_to_the_loss(make_recipe):
@@ -97,3 +97,55 @@ def test_help_and_a_missing_recipe(capsys):
 def test_a_source_that_is_not_there(make_recipe):
     with pytest.raises(ValueError, match="no row of the sources"):
         train(make_recipe(), ["--sources", "[pmc_vqa]"])
+
+
+def test_too_many_unreadable_images_end_the_run(make_recipe, make_rows, tmp_path):
+    """One image of six is damaged: 4 rows of 24."""
+    rows = make_rows(6, 4)
+    for row in rows[:4]:
+        row["image"] = {"bytes": b"not an image", "path": None}
+    Dataset.from_list(rows, features=FEATURES).to_parquet(tmp_path / "damaged" / "train.parquet")
+    recipe = make_recipe(dataset=str(tmp_path / "damaged"), max_steps=3)
+    with pytest.raises(ValueError, match=r"of 24 rows could not be read, more than the limit of 1\.0%"):
+        train(recipe, [])
+    output = train(recipe, ["--bad_sample_limit", "0.2", "--output_dir", str(tmp_path / "tolerant")])
+    recorded = {json.loads(line)["id"] for line in (output / "bad_samples.jsonl").read_text().splitlines()}
+    assert recorded == {"0-0", "0-1", "0-2", "0-3"}
+    assert len([entry for entry in history(output) if "loss" in entry]) == 3
+
+
+def test_held_out_losses_are_means_over_tokens_and_rows(make_recipe, dataset_folder):
+    """The batches hold 3, 3 and 2 rows; a mean of their means would be another number."""
+    evaluating = {"eval_split": "validation", "eval_strategy": "steps", "eval_steps": 2, "eval_questions": 5}
+    output = train(make_recipe(per_device_eval_batch_size=3, **evaluating), [])
+    (logged,) = [entry for entry in history(output) if "eval_loss" in entry]
+    model = BioD2CForConditionalGeneration.from_pretrained(output).eval()
+    processor = BioD2CProcessor.from_pretrained(output)
+    rows = Dataset.from_parquet(str(dataset_folder / "validation.parquet")).cast_column("image", Image(decode=False))
+    with torch.no_grad():
+        whole = model(**AnswerCollator(processor, queue_size=30)(list(rows)))
+    assert logged["eval_nll_loss"] == pytest.approx(whole.nll_loss.item(), rel=1e-5)
+    assert logged["eval_semantic_loss"] == pytest.approx(whole.semantic_loss.item(), rel=1e-5)
+    assert logged["eval_loss"] == pytest.approx(whole.loss.item(), rel=1e-5)
+    predictions = [ask(model, processor, row) for row in rows.select(range(5))]
+    right = [prediction == row["answer"].lower() for prediction, row in zip(predictions, rows, strict=False)]
+    assert logged["eval_accuracy"] == pytest.approx(sum(right) / 5)
+    with PILImage.open(output / "losses.png") as picture:
+        assert picture.size[0] > 500
+
+
+def ask(model, processor, row):
+    inputs = processor(images=PILImage.open(io.BytesIO(row["image"]["bytes"])), text=row["question"])
+    new = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(new, skip_special_tokens=True).strip().lower()
+
+
+def test_early_stopping_and_the_best_checkpoint(make_recipe):
+    """A learning rate of 0 betters nothing: the run ends after the second evaluation."""
+    evaluating = {"eval_split": "validation", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    best = {"save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_nll_loss"}
+    recipe = make_recipe(max_steps=6, learning_rate=0.0, early_stopping_patience=1, **evaluating, **best)
+    output = train(recipe, ["--greater_is_better", "false", "--train", "[fusion]"])
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert state["best_model_checkpoint"] == str(output / "checkpoint-1")
