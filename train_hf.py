@@ -37,7 +37,7 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     start = checkpoint_to_continue(output, values, arguments.resume_from_checkpoint)
     bad_samples = output / "bad_samples.jsonl"
     set_seed(arguments.seed)
-    rows = load_rows(recipe, recipe.train_split)
+    rows = load_rows(recipe, recipe.train_split, arguments.seed)
     eval_rows = load_rows(recipe, recipe.eval_split) if recipe.eval_split else None
     model, processor = build_model(recipe, rows)
     model = select_parts(model, recipe)

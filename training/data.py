@@ -6,7 +6,7 @@ and encoded once, and `image_index` says which row asks which image.
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,36 @@ from ..processing_biod2c import BioD2CProcessor
 from .recipe import Recipe
 
 
-def load_rows(recipe: Recipe, split: str) -> Dataset:
-    """The recipe's rows of one split, their images still encoded.
+def load_rows(recipe: Recipe, split: str, seed: int | None = None) -> Dataset:
+    """The recipe's rows of one split, their images still encoded; with a seed, weighted as the recipe's sources say.
 
     Raises:
-        ValueError: if the dataset lacks the split or the recipe's sources leave no row.
+        ValueError: if the dataset lacks the split or one of the recipe's sources.
     """
     rows = load_dataset(recipe.dataset, recipe.dataset_config, split=split)
     rows = rows.cast_column("image", Image(decode=False))  # decoded once an image, in the collator
-    if recipe.sources:
-        wanted = set(recipe.sources)
-        rows = rows.select([i for i, source in enumerate(rows["source"]) if source in wanted])
-    if len(rows) == 0:
-        raise ValueError(f"{recipe.dataset}, {recipe.dataset_config}/{split}: no row of the sources {recipe.sources}")
-    return rows
+    if not recipe.sources:
+        return rows
+    weights = dict.fromkeys(recipe.sources, 1.0) if seed is None else recipe.sources
+    return rows.select(weigh(rows["source"], weights, seed or 0))
+
+
+def weigh(sources: Sequence[str], weights: Mapping[str, float], seed: int) -> list[int]:
+    """Row numbers in which each source's rows stand `weight` times: of 2.5, twice all and once a random half.
+
+    Raises:
+        ValueError: for a source that is not there or a weight that is not above 0.
+    """
+    numbers, random, chosen = np.asarray(sources), np.random.default_rng(seed), []
+    for source, weight in weights.items():
+        own = np.flatnonzero(numbers == source)
+        if not len(own):
+            raise ValueError(f"sources: no row of {source}; there are {', '.join(sorted(set(sources)))}")
+        if not weight > 0:
+            raise ValueError(f"sources: {source} has weight {weight}, must be above 0")
+        whole, part = divmod(weight, 1)
+        chosen += [own] * int(whole) + [random.choice(own, round(part * len(own)), replace=False)]
+    return sorted(np.concatenate(chosen).tolist())
 
 
 class AnswerCollator:

@@ -32,10 +32,12 @@ def build_model(recipe: Recipe, rows: Dataset) -> tuple[BioD2CForConditionalGene
         tokenizer = train_tokenizer(_texts(rows), recipe.vocab_size)
         return _new_model(recipe, tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.language_model)
-    processor = BioD2CProcessor(BioD2CImageProcessor(), tokenizer)
+    visual_tokens = recipe.config.get("num_visual_tokens", BioD2CConfig.num_visual_tokens)
+    processor = BioD2CProcessor(BioD2CImageProcessor(), tokenizer, num_visual_tokens=visual_tokens)
     model = BioD2CForConditionalGeneration.from_components(
         recipe.vision, recipe.language_model, **{"image_token_id": processor.image_token_id, **recipe.config}
     )
+    processor.image_processor = _image_processor(model.config)
     return model, processor
 
 
@@ -46,14 +48,14 @@ def _new_model(
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     fields["text_config"] = {**fields.get("text_config", {}), "vocab_size": len(tokenizer) + 1, **ids}
     config = BioD2CConfig(**fields)
-    side = config.vision_config.image_size
-    processor = BioD2CProcessor(
-        BioD2CImageProcessor(size={"height": side, "width": side}),
-        tokenizer,
-        num_visual_tokens=config.num_visual_tokens,
-    )
+    processor = BioD2CProcessor(_image_processor(config), tokenizer, num_visual_tokens=config.num_visual_tokens)
     config.image_token_id = processor.image_token_id
     return BioD2CForConditionalGeneration(config), processor
+
+
+def _image_processor(config: BioD2CConfig) -> BioD2CImageProcessor:
+    side = config.vision_config.image_size
+    return BioD2CImageProcessor(size={"height": side, "width": side})
 
 
 def _texts(rows: Dataset) -> Iterable[str]:

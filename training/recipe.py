@@ -41,7 +41,8 @@ class Recipe:
         lora: fields of peft's `LoraConfig`.
         dataset: folder or Hub name that `load_dataset` opens, with the columns of docs/dataset.md.
         dataset_config: its configuration: "pretrain" for stage 1, "default" for stage 2.
-        sources: keep only the rows of these sources (empty: all).
+        sources: keep only the rows of these sources, such as [slake] (empty: all); {slake: 2, vqa_rad: 0.5} trains on
+            each of SLAKE's rows twice an epoch and on a random half of VQA-RAD's, drawn once.
         train_split, eval_split: split names; no `eval_split`, no evaluation.
         eval_questions: at each evaluation, so many held-out questions are answered and scored (eval_accuracy,
             eval_closed_acc ...; `metric_for_best_model` may name one).
@@ -62,7 +63,7 @@ class Recipe:
     config: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     dataset_config: str = "default"
-    sources: list[str] = field(default_factory=list)
+    sources: dict[str, float] = field(default_factory=dict)
     train_split: str = "train"
     eval_split: str | None = None
     eval_questions: int = 0
@@ -72,6 +73,8 @@ class Recipe:
     bad_sample_limit: float = 0.01
 
     def __post_init__(self) -> None:
+        if isinstance(self.sources, list):
+            self.sources = dict.fromkeys(self.sources, 1.0)
         starts = {
             "model": bool(self.model),
             "vision + language_model": bool(self.vision or self.language_model),

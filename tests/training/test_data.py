@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biod2c.training.data import AnswerCollator, ImageGroupedSampler
+from biod2c.training.data import AnswerCollator, ImageGroupedSampler, weigh
 
 
 def test_only_answers_and_their_end_tokens_are_learned(make_rows, processor):
@@ -73,3 +73,15 @@ def test_the_sampler_gives_every_row_once_in_groups_of_one_image(counts, size, s
     assert list(sampler) == order  # the same epoch, the same order
     sampler.set_epoch(1)
     assert sorted(sampler) == list(range(len(images)))
+
+
+def test_weights_are_how_often_a_row_stands():
+    sources = ["slake"] * 10 + ["vqa_rad"] * 4
+    rows = weigh(sources, {"vqa_rad": 0.5, "slake": 2}, seed=0)
+    assert Counter(rows[:20]) == dict.fromkeys(range(10), 2)
+    assert len(set(rows[20:])) == 2 and set(rows[20:]) <= set(range(10, 14))
+    assert rows == weigh(sources, {"vqa_rad": 0.5, "slake": 2}, seed=0)
+    with pytest.raises(ValueError, match="no row of pmc_vqa; there are slake, vqa_rad"):
+        weigh(sources, {"pmc_vqa": 1}, seed=0)
+    with pytest.raises(ValueError, match="slake has weight 0, must be above 0"):
+        weigh(sources, {"slake": 0}, seed=0)

@@ -15,7 +15,7 @@ def test_overrides_are_read_as_yaml_and_reach_into_nested_fields(make_recipe):
     recipe, arguments, values = load_recipe(make_recipe(), overrides)
     assert arguments.learning_rate == 2e-5
     assert recipe.config["gate_init"] == 0.1 and recipe.config["fusion_layers"] == 2
-    assert recipe.train == ["fusion"] and recipe.sources == ["slake"]
+    assert recipe.train == ["fusion"] and recipe.sources == {"slake": 1}
     assert values["config"]["gate_init"] == 0.1  # what is saved beside the run is what ran
 
 

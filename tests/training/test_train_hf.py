@@ -9,8 +9,9 @@ import yaml
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from biod2c import BioD2CForConditionalGeneration, BioD2CProcessor
+from biod2c import BioD2CForConditionalGeneration, BioD2CProcessor, BioD2CVisionConfig, BioD2CVisionModel
 from biod2c.dataset_builder.schema import FEATURES
 from biod2c.train_hf import main, train
 from biod2c.training.data import AnswerCollator
@@ -95,7 +96,7 @@ def test_help_and_a_missing_recipe(capsys):
 
 
 def test_a_source_that_is_not_there(make_recipe):
-    with pytest.raises(ValueError, match="no row of the sources"):
+    with pytest.raises(ValueError, match="no row of pmc_vqa; there are slake, vqa_rad"):
         train(make_recipe(), ["--sources", "[pmc_vqa]"])
 
 
@@ -149,3 +150,24 @@ def test_early_stopping_and_the_best_checkpoint(make_recipe):
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert state["best_model_checkpoint"] == str(output / "checkpoint-1")
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text"])
+def test_other_language_models_by_recipe_alone(make_recipe, tmp_path, make_tokenizer, model_type):
+    """Two folders, as downloaded: a vision encoder and a causal language model with its tokenizer."""
+    own = {"num_key_value_heads": 2, "head_dim": 8}
+    text_config = AutoConfig.for_model(model_type, vocab_size=299, **SMALL, **own)
+    AutoModelForCausalLM.from_config(text_config).save_pretrained(tmp_path / "lm")
+    make_tokenizer().save_pretrained(tmp_path / "lm")
+    vision = BioD2CVisionModel(BioD2CVisionConfig(layers=(1, 1, 1), width=8, image_size=64))
+    vision.save_pretrained(tmp_path / "vision")
+    changes = {"vocab_size": None, "vision": str(tmp_path / "vision"), "language_model": str(tmp_path / "lm")}
+    joined = {"num_visual_tokens": 8, "num_question_tokens": 8, "num_scales": 3, "fusion_layers": 1}
+    output = train(make_recipe(**changes, config=joined, train=["fusion", "lora"], lora={"r": 2}), [])
+    losses = [entry["loss"] for entry in history(output) if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
+    saved = BioD2CProcessor.from_pretrained(output)
+    assert saved.image_processor.size["height"] == 64 and saved.num_visual_tokens == 8
