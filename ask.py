@@ -68,7 +68,7 @@ def load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def generate_answer(model: PreTrainedModel, processor: ProcessorMixin, inputs: BatchFeature) -> str:
     """The greedy answer to the one question in `inputs`, without the prompt."""
-    sequences = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    sequences = model.generate(**inputs, max_new_tokens=96, do_sample=False)
     new_tokens = sequences[0, inputs["input_ids"].shape[1] :]
     return processor.decode(new_tokens, skip_special_tokens=True).strip()
 

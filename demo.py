@@ -31,7 +31,7 @@ model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_co
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 for question in sys.argv[3:]:
     inputs = processor(images=sys.argv[2], text=question)
-    output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=96, do_sample=False)
     print(json.dumps(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()))
 """
 

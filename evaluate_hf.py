@@ -21,6 +21,7 @@ from datasets.utils import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from biod2c.evaluation import (
+    MAX_NEW_TOKENS,
     ImageMode,
     answer_rows,
     append_predictions,
@@ -50,7 +51,7 @@ class EvaluateArguments:
     split: str = field(default="validation", metadata={"help": "split to answer; baselines are fitted on train"})
     batch_size: int = field(default=32, metadata={"help": "questions a batch; those of one image stay together"})
     limit: int | None = field(default=None, metadata={"help": "answer only the first rows of the split"})
-    max_new_tokens: int = field(default=32, metadata={"help": "longest answer, in tokens"})
+    max_new_tokens: int = field(default=MAX_NEW_TOKENS, metadata={"help": "longest answer, in tokens"})
     image: ImageMode = field(default="normal", metadata={"help": "show the image, plain grey, or another image"})
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Scoring of biomedical VQA: metrics with their convention, blind baselines, intervals, and answers from a model."""
 
 from .baselines import majority, question_only
-from .generation import ImageMode, answer_rows, shown_rows
+from .generation import MAX_NEW_TOKENS, ImageMode, answer_rows, shown_rows
 from .metrics import answer_kind, is_correct, normalize, score
 from .records import (
     append_predictions,
@@ -17,6 +17,7 @@ from .report import build_scores, format_table
 from .statistics import mean_interval, paired_difference
 
 __all__ = [
+    "MAX_NEW_TOKENS",
     "ImageMode",
     "answer_kind",
     "answer_rows",

@@ -20,6 +20,7 @@ from ..image_processing_biod2c import open_image
 ImageMode = Literal["normal", "blank", "shuffled"]
 
 SHUFFLE_SEED = 0
+MAX_NEW_TOKENS = 96  # SLAKE's longest answers take about 60 in a small vocabulary; cut ones would count as wrong
 GREY = (127, 127, 127)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..evaluation import answer_rows, image_keys, read_rows, score, shown_rows
+from ..evaluation import MAX_NEW_TOKENS, answer_rows, image_keys, read_rows, score, shown_rows
 from ..processing_biod2c import BioD2CProcessor
 
 
@@ -23,7 +23,8 @@ def score_answers(
     asked = range(min(limit, len(rows)))
     predictions = dict.fromkeys(asked, "")
     shown = shown_rows(image_keys(rows), "normal")
-    for batch in answer_rows(model, processor, dataset, asked, shown, batch_size=batch_size, max_new_tokens=32):
+    batches = answer_rows(model, processor, dataset, asked, shown, batch_size=batch_size, max_new_tokens=MAX_NEW_TOKENS)
+    for batch in batches:
         predictions |= {answer.row: answer.prediction for answer in batch}
     answers, types = ([rows[row][column] for row in asked] for column in ("answer", "answer_type"))
     return score(list(predictions.values()), answers, types)

@@ -99,6 +99,8 @@ def load_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, TrainingArgum
         ValueError: for a file that is not a mapping, an unknown key (naming the nearest), a missing or impossible
             value.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such recipe")
     try:
         values = yaml.load(path.read_text(), _Loader)
     except (OSError, yaml.YAMLError) as error:

@@ -70,7 +70,7 @@ class StandInModel:
     def generate(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, image_index: torch.Tensor, **options: Any):
         if self.batches == 0:
             raise KeyboardInterrupt
-        assert options == {"max_new_tokens": 32, "do_sample": False, "num_beams": 1}
+        assert options == {"max_new_tokens": 96, "do_sample": False, "num_beams": 1}
         self.batches -= 1
         self.images += len(pixel_values)
         self.rows += len(input_ids)
@@ -303,7 +303,7 @@ def test_script_with_a_saved_checkpoint(arguments: EvaluateArguments, tiny_check
         if row["history"]:
             text = "<image>Question: What is it? Answer: Paint.</s>Question: Which colour is it? Answer:"
         inputs = processor(images=PilImage.open(BytesIO(row["image"]["bytes"])), text=text)
-        sequence = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+        sequence = model.generate(**inputs, max_new_tokens=96, do_sample=False)
         alone = processor.batch_decode(sequence[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
         assert records[row["id"]]["prediction"] == alone.strip()
 

@@ -137,7 +137,7 @@ def test_held_out_losses_are_means_over_tokens_and_rows(make_recipe, dataset_fol
 
 def ask(model, processor, row):
     inputs = processor(images=PILImage.open(io.BytesIO(row["image"]["bytes"])), text=row["question"])
-    new = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    new = model.generate(**inputs, max_new_tokens=96, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return processor.decode(new, skip_special_tokens=True).strip().lower()
 
 
