@@ -130,7 +130,7 @@ def summarize(answers: list[tuple[str, str]], seconds: float) -> None:
         print(f"  {question}  {answer}")
     print()
     for name in ("biovgq/", "checkpoint/", "predictions.jsonl", "scores.json", "attention.png"):
-        print(OUTPUT / name)
+        print(f"{OUTPUT}/{name}")
     print(f"\n{seconds / 60:.1f} minutes")
 
 
