@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 4 train_hf.py recipes/stage2.yaml
 
 The same command again continues from the last checkpoint in `output_dir`. The recipe with its overrides is saved there
-too.
+too, and a model card; `--push_to_hub true [--hub_model_id org/name]` pushes them with the model, under the token of
+HF_TOKEN or `hf auth login`.
 """
 
 import inspect
@@ -19,6 +20,7 @@ from transformers.trainer_utils import set_seed
 from biod2c.training.checkpoints import checkpoint_to_continue
 from biod2c.training.data import AnswerCollator, BadSampleLimit, load_rows
 from biod2c.training.held_out import draw_losses
+from biod2c.training.hub import RECORD, open_repository, push_run, write_card
 from biod2c.training.model import build_model, parts_table, select_parts
 from biod2c.training.recipe import Recipe, load_recipe
 from biod2c.training.trainer import BioD2CTrainer
@@ -32,6 +34,8 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     """
     recipe, arguments, values = load_recipe(recipe_path, overrides)
     arguments.remove_unused_columns = False  # the collator reads the columns
+    repo = open_repository(recipe, arguments) if arguments.push_to_hub and arguments.process_index == 0 else None
+    arguments.push_to_hub = False  # done here, once, at the end (see training/hub.py)
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     start = checkpoint_to_continue(output, values, arguments.resume_from_checkpoint)
@@ -57,11 +61,16 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     if trainer.is_world_process_zero():
         print(parts_table(model))
         (output / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        (output / RECORD).unlink(missing_ok=True)  # what it was pushed as is about to change
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         draw_losses(trainer.state.log_history, output / "losses.png")
+        splits = {recipe.train_split: rows} | ({recipe.eval_split: eval_rows} if recipe.eval_split else {})
+        write_card(output, recipe, values, splits, trainer.state, repo)
+        if repo:
+            print(f"pushed {push_run(output, repo)}")
     return output
 
 

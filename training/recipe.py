@@ -21,6 +21,12 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
+# As the Hub makes them, and the keys that could hold one
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_TOKEN_KEY = re.compile(r"^[\s-]*((hub|hf|push_to_hub)_)?token:", re.MULTILINE)
+# Trainer's own way of pushing, which is not used (see hub.py)
+_NO_PUSH_FIELDS = ("hub_strategy", "hub_always_push", "hub_revision")
+
 PARTS = ("vision", "fusion", "language_model", "embeddings", "lora")
 
 
@@ -104,11 +110,12 @@ def load_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, TrainingArgum
     try:
         values = yaml.load(path.read_text(), _Loader)
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+        raise ValueError(f"{path}: cannot be read as YAML: {_TOKEN.sub('hf_...', str(error))}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of field: value")
     for name, value in _parse_overrides(overrides):
         _set(values, name, value)
+    _refuse_secrets(path, values)
     _check_names(path, values)
     try:
         recipe, arguments = HfArgumentParser((Recipe, TrainingArguments)).parse_dict(dict(values))
@@ -138,6 +145,15 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     for parent in parents:
         values = values.setdefault(parent, {})
     values[last] = value
+
+
+def _refuse_secrets(path: Path, values: dict[str, Any]) -> None:
+    """A recipe is saved beside the run and repeated in its card. The error must not repeat the secret."""
+    text = yaml.safe_dump(values)
+    if _TOKEN_KEY.search(text) or _TOKEN.search(text):
+        raise ValueError(f"{path}: a recipe is published with its model and must hold no token: set HF_TOKEN instead")
+    if given := [name for name in _NO_PUSH_FIELDS if name in values]:
+        raise ValueError(f"{path}: {given[0]} does not apply: a run is pushed once, at its end, to the main branch")
 
 
 def _check_names(path: Path, values: dict[str, Any]) -> None:
