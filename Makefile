@@ -30,8 +30,8 @@ venv: $(INSTALLED)
 $(INSTALLED): setup.cfg constraints.txt
 	@echo '==> $(VENV): installing this package, editable, with the versions of constraints.txt'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt setuptools
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,eval,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt setuptools torch  # deepspeed's build asks for them
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,eval,deepspeed,dev]'
 	@touch $@
 
 demo: venv

@@ -1,7 +1,7 @@
 """Train BioD2C from a recipe: stage 1, stage 2 or an ablation (paper section 4.1).
 
     python train_hf.py recipes/demo/stage1.yaml [--field value ...]
-    torchrun --nproc_per_node 4 train_hf.py recipes/stage2.yaml
+    torchrun --nproc_per_node 4 train_hf.py recipes/stage2.yaml --deepspeed recipes/zero2.json
 
 The same command again continues from the last checkpoint in `output_dir`. The recipe with its overrides is saved there
 too, and a model card; `--push_to_hub true [--hub_model_id org/name]` pushes them with the model, under the token of
@@ -21,6 +21,7 @@ from biod2c.training.checkpoints import checkpoint_to_continue
 from biod2c.training.data import AnswerCollator, BadSampleLimit, load_rows
 from biod2c.training.held_out import draw_losses
 from biod2c.training.hub import RECORD, open_repository, push_run, write_card
+from biod2c.training.launch import start_deepspeed, whole_model
 from biod2c.training.model import build_model, parts_table, select_parts
 from biod2c.training.recipe import Recipe, load_recipe
 from biod2c.training.trainer import BioD2CTrainer
@@ -38,12 +39,14 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     arguments.push_to_hub = False  # done here, once, at the end (see training/hub.py)
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    start_deepspeed(arguments)
     start = checkpoint_to_continue(output, values, arguments.resume_from_checkpoint)
     bad_samples = output / "bad_samples.jsonl"
     set_seed(arguments.seed)
     rows = load_rows(recipe, recipe.train_split, arguments.seed)
     eval_rows = load_rows(recipe, recipe.eval_split) if recipe.eval_split else None
-    model, processor = build_model(recipe, rows)
+    with whole_model():
+        model, processor = build_model(recipe, rows)
     model = select_parts(model, recipe)
     trainer = BioD2CTrainer(
         model=model,
@@ -60,6 +63,7 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
     if trainer.is_world_process_zero():
         print(parts_table(model))
+        print(f"{trainer.accelerator.distributed_type.value}, processes: {trainer.accelerator.num_processes}")
         (output / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         (output / RECORD).unlink(missing_ok=True)  # what it was pushed as is about to change
     trainer.train(resume_from_checkpoint=start)

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .launch import for_this_machine
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 5e-5, without a dot, as a string; a learning rate is a number."""
@@ -118,7 +120,7 @@ def load_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, TrainingArgum
     _refuse_secrets(path, values)
     _check_names(path, values)
     try:
-        recipe, arguments = HfArgumentParser((Recipe, TrainingArguments)).parse_dict(dict(values))
+        recipe, arguments = HfArgumentParser((Recipe, TrainingArguments)).parse_dict(for_this_machine(values))
     except TypeError as error:  # a required field is missing
         raise ValueError(f"{path}: {error}") from error
     return recipe, arguments, values

@@ -1,0 +1,126 @@
+"""What a run under DeepSpeed needs before its model is built, and what this machine cannot run.
+
+Unusual here: DeepSpeed compiles C++ parts at their first use (a minute each), and torch marks a folder in which it
+compiles with a file `lock`. A run killed meanwhile leaves it there, and every later one waits for it in silence. So the
+part that is needed is compiled here, under a lock of the operating system's, which dies with its process: a `lock`
+found then is such a leftover.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import deepspeed as hf_deepspeed
+
+
+def for_this_machine(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's keys, with what this machine adds to them.
+
+    Raises:
+        ValueError: for FSDP without a GPU, or DeepSpeed that was not installed or not launched.
+    """
+    without_gpu = bool(values.get("use_cpu")) or not torch.cuda.is_available()
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if (values.get("fsdp") or by_launcher) and without_gpu:
+        # accelerate would train plain DDP, every process with the whole model, and say nothing
+        raise ValueError("fsdp needs GPUs; without one, share the model among processes by deepspeed (zero3.json)")
+    if not values.get("deepspeed"):
+        return dict(values)
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise ValueError("deepspeed is not installed: pip install 'biod2c[deepspeed]'") from error
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("deepspeed needs its launcher or torchrun: torchrun --nproc_per_node 4 train_hf.py RECIPE ...")
+    # else accelerate, which finds no GPU, would take each process for the only one
+    return {**values, "use_cpu": without_gpu}
+
+
+def start_deepspeed(arguments: TrainingArguments) -> None:
+    """Join the processes, before the model is built."""
+    if not arguments.deepspeed:
+        return
+    import deepspeed
+
+    _broadcast_scalars_too()
+    if not arguments.use_cpu:
+        deepspeed.init_distributed()
+        return
+    if deepspeed.accelerator.get_accelerator().device_name() != "cpu":
+        raise ValueError("use_cpu with deepspeed: set DS_ACCELERATOR=cpu before the launcher")
+    build_cpu_ops()
+    deepspeed.init_distributed(dist_backend="gloo")
+
+
+def _broadcast_scalars_too() -> None:
+    """DeepSpeed 0.19 sends each parameter as bytes, and torch has no such view of one without dimensions (the gate's
+    beta): each has one meanwhile."""
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
+
+    broadcast, convert, leave = (
+        DeepSpeedEngine._broadcast_model,
+        Init._convert_to_deepspeed_param,
+        GatheredParameters._exit,
+    )
+
+    def broadcast_all(engine: Any) -> None:
+        scalars = _lengthen_scalars(engine.module.parameters())
+        broadcast(engine)
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
+
+    # ZeRO-3 notes the shape in the first of these, gives it back whenever it gathers the parameter, and splits the
+    # parameter at the end of both
+    def convert_all(init: Any, parameter: torch.nn.Parameter) -> None:
+        convert(init, parameter)
+        _lengthen_scalars([parameter])
+
+    def leave_all(gathered: Any, *exception: Any) -> None:
+        _lengthen_scalars(gathered.params if gathered.enabled and gathered.src_rank is not None else [])
+        leave(gathered, *exception)
+
+    DeepSpeedEngine._broadcast_model = broadcast_all
+    Init._convert_to_deepspeed_param = convert_all
+    GatheredParameters._exit = leave_all
+
+
+def _lengthen_scalars(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    scalars = [parameter for parameter in parameters if parameter.dim() == 0]
+    for parameter in scalars:
+        parameter.data = parameter.data.view(1)
+    return scalars
+
+
+def build_cpu_ops() -> None:
+    """Compile the C++ part that processes without a GPU use into TORCH_EXTENSIONS_DIR, unless it is there."""
+    from deepspeed.accelerator import get_accelerator
+
+    default = Path.home() / ".cache" / "biod2c" / "torch_extensions"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "building").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        for leftover in folder.glob("*/lock"):
+            leftover.unlink()
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)  # sums over shared memory
+
+
+@contextmanager
+def whole_model() -> Iterator[None]:
+    """Build a model whole in every process's memory; ZeRO-3 splits it when training starts.
+
+    Else transformers would split the parts inside the model before their weights are drawn, which fails.
+    """
+    # transformers keeps this configuration by a weak reference; the Trainer's arguments hold it
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = reference
