@@ -49,8 +49,8 @@ def _load_recipe():
 R = _load_recipe()
 
 
-def close(actual: torch.Tensor, wanted: torch.Tensor, atol: float = ACTIVATIONS, rtol: float = 0) -> None:
-    torch.testing.assert_close(actual, wanted, atol=atol, rtol=rtol)
+def close(actual: torch.Tensor, wanted: torch.Tensor, atol: float = ACTIVATIONS) -> None:
+    torch.testing.assert_close(actual, wanted, atol=atol, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +147,11 @@ def test_text_encoding_and_decoder(run):
     close(seen["text"][0], WANTED["text_mlp"])
     for number, name in enumerate(("dec_v", "dec_vt")):  # the learned queries' pass comes first
         close(seen["decoder"][number], WANTED[name])
-        close(seen["layer0"][number][:, ::4], WANTED[f"{name}.layer0"])
-        # the residual stream grows to 30, where the stored float32 numbers are themselves 1.7e-5 from a float64 run
-        close(seen["layer11"][number][:, ::4], WANTED[f"{name}.layer11"], rtol=2e-6)
+        for layer in ("layer0", "layer11"):
+            # the tolerance is for values near 1; the residual stream grows to 30, where the stored float32 numbers are
+            # themselves 1.7e-5 from a float64 run
+            wanted = WANTED[f"{name}.{layer}"]
+            close(seen[layer][number][:, ::4], wanted, ACTIVATIONS * max(1.0, wanted.std().item()))
 
 
 def test_projections_and_gate(run):
