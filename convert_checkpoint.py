@@ -148,8 +148,9 @@ def _plan(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
         base = next((key for key in (f"{stem}.base_layer.weight", name) if key in shapes), None)
         if base is None:
             raise ValueError(f"missing key {name}")
-        if shapes[base] != tuple(tensor.shape):
-            raise ValueError(f"{base}: shape {shapes[base]}, expected {tuple(tensor.shape)}")
+        expected = () if base == "beta" else tuple(tensor.shape)  # ours has one dimension
+        if shapes[base] != expected:
+            raise ValueError(f"{base}: shape {shapes[base]}, expected {expected}")
         lora = sorted(key for key in shapes if key.startswith(f"{stem}.lora_"))
         if lora:
             _check_lora(stem, lora, shapes, shapes[base])
@@ -174,7 +175,7 @@ def _build(
 ) -> Tensor:
     weight = get(theirs[0])
     if len(theirs) == 1 or not merge_lora:
-        return weight
+        return weight.reshape(1) if theirs[0] == "beta" else weight
     down, up = get(theirs[1]).float(), get(theirs[2]).float()  # A [r, in], B [out, r]
     return (weight.float() + LORA_ALPHA / shapes[theirs[1]][0] * up @ down).to(weight.dtype)
 

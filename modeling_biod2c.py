@@ -355,7 +355,8 @@ class Gate(nn.Module):
     def __init__(self, config: BioD2CConfig) -> None:
         super().__init__()
         self.gate_init = config.gate_init
-        self.beta = nn.Parameter(torch.empty(()))
+        # one dimension, not none: DeepSpeed sends parameters as bytes, a view that torch lacks for a 0-dim tensor
+        self.beta = nn.Parameter(torch.empty(1))
 
     def forward(self, projected: Tensor, projected_fused: Tensor) -> Tensor:
         return projected + self.beta.tanh() * projected_fused

@@ -8,7 +8,7 @@ found then is such a leftover.
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ def start_deepspeed(arguments: TrainingArguments) -> None:
         return
     import deepspeed
 
-    _broadcast_scalars_too()
     if not arguments.use_cpu:
         deepspeed.init_distributed()
         return
@@ -55,46 +54,6 @@ def start_deepspeed(arguments: TrainingArguments) -> None:
         raise ValueError("use_cpu with deepspeed: set DS_ACCELERATOR=cpu before the launcher")
     build_cpu_ops()
     deepspeed.init_distributed(dist_backend="gloo")
-
-
-def _broadcast_scalars_too() -> None:
-    """DeepSpeed 0.19 sends each parameter as bytes, and torch has no such view of one without dimensions (the gate's
-    beta): each has one meanwhile."""
-    from deepspeed import DeepSpeedEngine
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init
-
-    broadcast, convert, leave = (
-        DeepSpeedEngine._broadcast_model,
-        Init._convert_to_deepspeed_param,
-        GatheredParameters._exit,
-    )
-
-    def broadcast_all(engine: Any) -> None:
-        scalars = _lengthen_scalars(engine.module.parameters())
-        broadcast(engine)
-        for parameter in scalars:
-            parameter.data = parameter.data.view(())
-
-    # ZeRO-3 notes the shape in the first of these, gives it back whenever it gathers the parameter, and splits the
-    # parameter at the end of both
-    def convert_all(init: Any, parameter: torch.nn.Parameter) -> None:
-        convert(init, parameter)
-        _lengthen_scalars([parameter])
-
-    def leave_all(gathered: Any, *exception: Any) -> None:
-        _lengthen_scalars(gathered.params if gathered.enabled and gathered.src_rank is not None else [])
-        leave(gathered, *exception)
-
-    DeepSpeedEngine._broadcast_model = broadcast_all
-    Init._convert_to_deepspeed_param = convert_all
-    GatheredParameters._exit = leave_all
-
-
-def _lengthen_scalars(parameters: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-    scalars = [parameter for parameter in parameters if parameter.dim() == 0]
-    for parameter in scalars:
-        parameter.data = parameter.data.view(1)
-    return scalars
 
 
 def build_cpu_ops() -> None:
