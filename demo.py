@@ -46,12 +46,7 @@ def main() -> None:
     recipes = ROOT / "recipes/demo"
     step(
         "build the dataset",
-        "-m",
-        "biod2c.dataset_builder",
-        "all",
-        recipes / "dataset.yaml",
-        "--output",
-        OUTPUT / "biovgq",
+        *("-m", "biod2c.dataset_builder", "all", recipes / "dataset.yaml", "--output", OUTPUT / "biovgq"),
     )
     step("stage 1: images and captions", ROOT / "train_hf.py", recipes / "stage1.yaml")
     step("stage 2: questions and answers, LoRA", ROOT / "train_hf.py", recipes / "stage2.yaml")

@@ -68,13 +68,11 @@ class AnswerCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Raises ValueError if none of the rows has an image that can be read."""
-        rows = [row for row in rows if self._is_readable(row)]
+        images: dict[str, PILImage.Image] = {}  # decoded once, in the order in which they are met
+        rows = [row for row in rows if self._read_image(row, images)]
         if not rows:
             raise ValueError(f"no row of a batch has an image that can be read; the reasons are in {self.bad_samples}")
-        positions: dict[str, int] = {}
-        image_index = [positions.setdefault(row["image_sha256"], len(positions)) for row in rows]
-        first = {row["image_sha256"]: row for row in reversed(rows)}
-        images = [[self.images.get(first[sha256])] for sha256 in positions]
+        position = {sha256: number for number, sha256 in enumerate(images)}
         batch = self.processor.apply_chat_template(
             [self._conversation(row) for row in rows],
             tokenize=True,
@@ -82,8 +80,8 @@ class AnswerCollator:
             return_assistant_tokens_mask=True,
             return_tensors=None,  # lists until the end: transformers walks over the offsets in Python
             processor_kwargs={
-                "images": images,
-                "image_index": image_index,
+                "images": [[image] for image in images.values()],
+                "image_index": [position[row["image_sha256"]] for row in rows],
                 "queue": [row["queue"][: self.queue_size] for row in rows],
             },
         )
@@ -92,9 +90,11 @@ class AnswerCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
         return dict(batch)
 
-    def _is_readable(self, row: dict[str, Any]) -> bool:
+    def _read_image(self, row: dict[str, Any], images: dict[str, PILImage.Image]) -> bool:
+        """Add the row's image to `images` unless it is there; False, and a record, if it cannot be read."""
         try:
-            self.images.get(row)
+            if row["image_sha256"] not in images:
+                images[row["image_sha256"]] = self.images.get(row)
         except ValueError as error:
             if self.bad_samples is None:
                 raise ValueError(f"row {row['id']}: {error}") from error
@@ -128,7 +128,7 @@ class ImageCache:
             source = row["image"]["path"] if row["image"]["bytes"] is None else row["image"]["bytes"]
             image = upright_rgb(open_image(source)).resize(self.size, self.resample)
         self.kept[row["image_sha256"]] = image
-        if len(self.kept) > max(self.capacity, 1):  # always the last one, which is asked for twice
+        if len(self.kept) > self.capacity:
             self.kept.popitem(last=False)
         return image
 

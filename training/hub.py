@@ -251,7 +251,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("{model}", trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained("{model}", trust_remote_code=True)
 inputs = processor(images="scan.png", text="Is there a fracture?")
-output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+output = model.generate(**inputs, max_new_tokens=96, do_sample=False)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
 

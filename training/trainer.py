@@ -117,8 +117,7 @@ class BioD2CTrainer(Trainer):
         if self.eval_questions:
             model = self.accelerator.unwrap_model(self.model).eval()
             batch_size = self.args.per_device_eval_batch_size
-            rows_asked = self.eval_dataset
-            metrics |= score_answers(model, self.processing_class, rows_asked, self.eval_questions, batch_size)
+            metrics |= score_answers(model, self.processing_class, self.eval_dataset, self.eval_questions, batch_size)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biod2c.image_processing_biod2c import open_image
+from biod2c.training import data
 from biod2c.training.data import AnswerCollator, ImageGroupedSampler, weigh
 
 
@@ -35,6 +37,13 @@ def test_a_damaged_image_is_left_out_and_recorded(make_rows, processor, tmp_path
         collator(rows[:2])
     with pytest.raises(ValueError, match="row 0-0: image: the image is damaged"):
         AnswerCollator(processor, queue_size=2)(rows)
+
+
+def test_an_image_is_decoded_once_a_batch_without_a_cache_too(make_rows, processor, monkeypatch):
+    opened = []
+    monkeypatch.setattr(data, "open_image", lambda source: opened.append(source) or open_image(source))
+    AnswerCollator(processor, queue_size=2, image_cache=0)(make_rows(3, 2))
+    assert len(opened) == 3
 
 
 def test_an_image_stands_once_in_a_batch(make_rows, processor):
