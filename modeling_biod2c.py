@@ -599,6 +599,7 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls,
         vision: PreTrainedModel | str | Path,
         language_model: PreTrainedModel | str | Path,
+        dtype: torch.dtype | str = "auto",
         **config: Any,
     ) -> "BioD2CForConditionalGeneration":
         """Join a vision encoder and a causal language model; what lies between them starts untrained.
@@ -607,13 +608,14 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
             vision: a `BioD2CVisionModel`, a transformers backbone, or the folder of one saved as safetensors
                 (`biod2c convert pmc-clip FILE FOLDER` makes PMC-CLIP's).
             language_model: a causal language model, or its folder or Hub name.
+            dtype: what a language model that is loaded here is held in (default: what it was saved in).
             config: fields of `BioD2CConfig`; `image_token_id` must be the processor's.
         """
         if not isinstance(vision, PreTrainedModel):
             vision = _load_vision_model(vision)
         if not isinstance(language_model, PreTrainedModel):
             folder = language_model
-            language_model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            language_model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
             _refuse_wrong_weights(folder, {"missing": info["missing_keys"]})
         for module in (*vision.modules(), *language_model.modules()):
             module._is_hf_initialized = True  # else a layer that was put in by hand would be drawn anew
@@ -645,6 +647,11 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # the old names that it looked for; with them the next save would put the tensors into other shards
         model._weight_conversions = None
         return (model, info) if output_loading_info else model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The language model's: the bulk of the weights, and what `dtype="auto"` loads a saved model in."""
+        return self.language_model.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -17,12 +17,12 @@ import yaml
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import set_seed
 
-from biod2c.training.checkpoints import checkpoint_to_continue
+from biod2c.training.checkpoints import FreeSpace, checkpoint_to_continue
 from biod2c.training.data import AnswerCollator, BadSampleLimit, load_rows
 from biod2c.training.held_out import draw_losses
 from biod2c.training.hub import RECORD, open_repository, push_run, write_card
 from biod2c.training.launch import start_deepspeed, whole_model
-from biod2c.training.model import build_model, parts_table, select_parts
+from biod2c.training.model import build_model, frozen_dtype, parts_table, select_parts
 from biod2c.training.recipe import Recipe, load_recipe
 from biod2c.training.trainer import BioD2CTrainer
 
@@ -46,15 +46,15 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     rows = load_rows(recipe, recipe.train_split, arguments.seed)
     eval_rows = load_rows(recipe, recipe.eval_split) if recipe.eval_split else None
     with whole_model():
-        model, processor = build_model(recipe, rows)
-    model = select_parts(model, recipe)
+        model, processor = build_model(recipe, rows, arguments)
+    model = select_parts(model, recipe, frozen_dtype(recipe, arguments))
     trainer = BioD2CTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows,
         data_collator=AnswerCollator(processor, model.config.semantic_queue_size, recipe.image_cache, bad_samples),
-        callbacks=[BadSampleLimit(bad_samples, len(rows), recipe.bad_sample_limit)],
+        callbacks=[FreeSpace(), BadSampleLimit(bad_samples, len(rows), recipe.bad_sample_limit)],
         processing_class=processor,
         rows_per_image=recipe.rows_per_image,
         eval_questions=recipe.eval_questions,

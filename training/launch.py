@@ -10,6 +10,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def start_deepspeed(arguments: TrainingArguments) -> None:
         return
     import deepspeed
 
+    leave_frozen_weights_out(deepspeed.DeepSpeedEngine)
     if not arguments.use_cpu:
         deepspeed.init_distributed()
         return
@@ -54,6 +56,21 @@ def start_deepspeed(arguments: TrainingArguments) -> None:
         raise ValueError("use_cpu with deepspeed: set DS_ACCELERATOR=cpu before the launcher")
     build_cpu_ops()
     deepspeed.init_distributed(dist_backend="gloo")
+
+
+def leave_frozen_weights_out(engine: Any) -> None:
+    """DeepSpeed's checkpoints are to hold what is trained alone; transformers asks it so for PEFT's models only."""
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    @wraps(save)
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return save(self, *args, **{**kwargs, "exclude_frozen_parameters": True})
+
+    @wraps(load)
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return load(self, *args, **{**kwargs, "load_module_strict": False})
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
 def build_cpu_ops() -> None:

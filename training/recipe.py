@@ -47,6 +47,8 @@ class Recipe:
         train: the parts that learn, of: vision, fusion (text MLP, decoder, queries, projections, gate), language_model,
             embeddings (the language model's), lora (adapters in the language model).
         lora: fields of peft's `LoraConfig`.
+        quantization: QLoRA: fields of transformers' `BitsAndBytesConfig`, such as {load_in_4bit: true}; the frozen
+            language model is held so, in NF4 with double quantization unless a field says otherwise.
         dataset: folder or Hub name that `load_dataset` opens, with the columns of docs/dataset.md.
         dataset_config: its configuration: "pretrain" for stage 1, "default" for stage 2.
         sources: keep only the rows of these sources, such as [slake] (empty: all); {slake: 2, vqa_rad: 0.5} trains on
@@ -70,6 +72,7 @@ class Recipe:
     vocab_size: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
     dataset_config: str = "default"
     sources: dict[str, float] = field(default_factory=dict)
     train_split: str = "train"
@@ -95,6 +98,13 @@ class Recipe:
             raise ValueError(f"train: {', '.join(unknown)}: choose from {', '.join(PARTS)}")
         if {"lora", "language_model"} <= set(self.train):
             raise ValueError("train: lora adapts a frozen language model; name either lora or language_model")
+        if "lora" in self.train and not self.model:
+            raise ValueError(
+                "train: lora needs `model`, a saved checkpoint: adapters are stored without what they adapt. Train "
+                "[fusion] from the components first (stage 1)"
+            )
+        if self.quantization and "lora" not in self.train:
+            raise ValueError("quantization: weights of 4 or 8 bits cannot learn: add lora to `train`")
 
 
 def load_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, TrainingArguments, dict[str, Any]]:
@@ -120,7 +130,8 @@ def load_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, TrainingArgum
     _refuse_secrets(path, values)
     _check_names(path, values)
     try:
-        recipe, arguments = HfArgumentParser((Recipe, TrainingArguments)).parse_dict(for_this_machine(values))
+        fields_given = {"report_to": "tensorboard", **for_this_machine(values)}
+        recipe, arguments = HfArgumentParser((Recipe, TrainingArguments)).parse_dict(fields_given)
     except TypeError as error:  # a required field is missing
         raise ValueError(f"{path}: {error}") from error
     return recipe, arguments, values

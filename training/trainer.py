@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from .checkpoints import UNFINISHED, publish
+from .checkpoints import (
+    TRAINED_PARTS,
+    UNFINISHED,
+    has_frozen_parts,
+    load_trained_parts,
+    publish,
+    save_trained_parts,
+)
 from .data import ImageGroupedSampler, text_lengths
 from .held_out import score_answers
 
@@ -63,9 +71,27 @@ class BioD2CTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self.saving and not isinstance(self.model, PeftModel) and has_frozen_parts(self.model):
+            save_trained_parts(self.model, state_dict, folder)
+            self.processing_class.save_pretrained(folder)
+            return
         super()._save(output_dir, state_dict)
-        # a pickle that says what recipe.yaml says
-        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that says what recipe.yaml says
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if (folder / TRAINED_PARTS).is_file():
+            load_trained_parts(model or self.model, folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if (best / TRAINED_PARTS).is_file() and not self.is_deepspeed_enabled:
+            load_trained_parts(self.model, best)
+        else:
+            super()._load_best_model()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.rows_per_image == 1:

@@ -3,17 +3,20 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 
 from biod2c.train_hf import train
-from biod2c.training.checkpoints import checkpoint_to_continue, publish
+from biod2c.training.checkpoints import TRAINED_PARTS, checkpoint_to_continue, publish
+from biod2c.training.merge import merge
 
 TRAIN_HF = Path(__file__).parents[2] / "train_hf.py"
 
@@ -64,6 +67,58 @@ def test_what_a_folder_cannot_continue(make_recipe, tmp_path):
     assert checkpoint_to_continue(tmp_path, {}, None) is None
     train(recipe, ["--image_cache", "5", "--max_steps", "3"])  # these move no number
     assert len(losses(output)) == 3
+
+
+def test_no_checkpoint_copies_what_is_frozen(make_recipe, tmp_path):
+    """Stage 1: its checkpoints hold the fusion module; they continue, they merge, the best of them is loaded."""
+    base = train(make_recipe("base.yaml", output_dir=str(tmp_path / "base"), max_steps=1), [])
+    start = {"model": str(base), "vocab_size": None, "config": {}, "train": ["fusion"]}
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = train(make_recipe(**start, **saving, output_dir=str(tmp_path / "whole")), [])
+    for checkpoint in (whole / "checkpoint-2", whole / "checkpoint-4"):
+        assert not (checkpoint / "model.safetensors").exists()
+        kept = {name.split(".")[0] for name in load_file(checkpoint / TRAINED_PARTS) if "running_" not in name}
+        assert "fusion" in kept and "language_model" not in kept
+    merge(whole / "checkpoint-4", tmp_path / "merged")
+    ours, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", whole))
+    assert ours.keys() == expected.keys() and all(ours[name].equal(expected[name]) for name in expected)
+
+    shutil.rmtree(whole / "checkpoint-4")
+    before = losses(whole)
+    train(tmp_path / "recipe.yaml", [])
+    assert losses(whole) == before
+    assert all(load_file(whole / "model.safetensors")[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("parts", "in_checkpoint", "in_run"),
+    [
+        (["fusion"], TRAINED_PARTS, "model.safetensors"),
+        (["fusion", "lora"], "adapter_model.safetensors", "adapter_model.safetensors"),
+    ],
+)
+def test_the_best_checkpoint_is_what_is_saved(make_recipe, tmp_path, parts, in_checkpoint, in_run):
+    """A learning rate that only does damage: the last evaluation is not the best."""
+    base = train(make_recipe("base.yaml", output_dir=str(tmp_path / "base"), max_steps=1), [])
+    start = {"model": str(base), "vocab_size": None, "config": {}, "train": parts, "learning_rate": 10.0}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_nll_loss", "greater_is_better": False}
+    steps = {"eval_split": "validation", "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    output = train(make_recipe(**start, **best, **steps, save_steps=1, max_steps=3, warmup_steps=1), [])
+    state = json.loads((output / "trainer_state.json").read_text())
+    saved = load_file(output / in_run)
+    for name, tensor in load_file(Path(state["best_model_checkpoint"]) / in_checkpoint).items():
+        assert saved[name].equal(tensor), name
+    assert state["best_global_step"] < 3
+
+
+def test_a_disk_too_full_is_noticed_before_the_first_step(make_recipe, tmp_path, monkeypatch):
+    """40 checkpoints do not fit into 20 MiB, two do."""
+    recipe = make_recipe(save_strategy="steps", save_steps=1, max_steps=40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20 * 2**20))
+    with pytest.raises(ValueError, match=r"0\.0 GiB are free, and the run will write about .* lower save_total_limit"):
+        train(recipe, ["--output_dir", str(tmp_path / "full")])
+    assert not list((tmp_path / "full").glob("checkpoint-*"))
+    train(recipe, ["--output_dir", str(tmp_path / "fits"), "--save_total_limit", "1", "--max_steps", "2"])
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ def test_overrides_are_read_as_yaml_and_reach_into_nested_fields(make_recipe):
         ({"train": ["lorra"]}, "train: lorra: choose from vision, fusion"),
         ({"train": []}, "train: nothing"),
         ({"train": ["lora", "language_model"]}, "name either lora or language_model"),
+        ({"train": ["fusion", "lora"]}, "lora needs `model`, a saved checkpoint"),
+        ({"quantization": {"load_in_4bit": True}}, "quantization: weights of 4 or 8 bits cannot learn"),
         ({"dataset": None}, "dataset"),
     ],
 )

@@ -15,7 +15,7 @@ from biod2c import BioD2CForConditionalGeneration, BioD2CProcessor, BioD2CVision
 from biod2c.dataset_builder.schema import FEATURES
 from biod2c.train_hf import main, train
 from biod2c.training.data import AnswerCollator
-from biod2c.training.merge import merge_adapter
+from biod2c.training.merge import merge
 
 
 def history(folder):
@@ -59,7 +59,7 @@ def test_two_stages_then_merge(make_recipe, tmp_path, make_image):
     second = train(make_recipe("stage2.yaml", output_dir=str(tmp_path / "stage2"), learning_rate=1e-2, **changes), [])
     adapter = load_file(second / "adapter_model.safetensors")
     assert not [name for name in adapter if "vision_model" in name]  # what is frozen is not saved again
-    merge_adapter(second, tmp_path / "merged")
+    merge(second, tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     moved = {name for name in base if not torch.equal(base[name], merged[name])}
     assert {name.split(".")[0] for name in moved} == {"fusion", "language_model"}
@@ -166,8 +166,11 @@ def test_other_language_models_by_recipe_alone(make_recipe, tmp_path, make_token
     vision.save_pretrained(tmp_path / "vision")
     changes = {"vocab_size": None, "vision": str(tmp_path / "vision"), "language_model": str(tmp_path / "lm")}
     joined = {"num_visual_tokens": 8, "num_question_tokens": 8, "num_scales": 3, "fusion_layers": 1}
-    output = train(make_recipe(**changes, config=joined, train=["fusion", "lora"], lora={"r": 2}), [])
-    losses = [entry["loss"] for entry in history(output) if "loss" in entry]
-    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
-    saved = BioD2CProcessor.from_pretrained(output)
+    first = train(make_recipe(**changes, config=joined, train=["fusion"]), ["--output_dir", str(tmp_path / "first")])
+    saved = BioD2CProcessor.from_pretrained(first)
     assert saved.image_processor.size["height"] == 64 and saved.num_visual_tokens == 8
+    start = {"model": str(first), "vocab_size": None, "config": {}}
+    second = train(make_recipe(**start, train=["fusion", "lora"], lora={"r": 2}), [])
+    for output in (first, second):
+        losses = [entry["loss"] for entry in history(output) if "loss" in entry]
+        assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
