@@ -73,8 +73,9 @@ class BioD2CTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if self.saving and not isinstance(self.model, PeftModel) and has_frozen_parts(self.model):
-            save_trained_parts(self.model, state_dict, folder)
-            self.processing_class.save_pretrained(folder)
+            if self.args.should_save:  # under DeepSpeed every process comes here
+                save_trained_parts(self.model, state_dict, folder)
+                self.processing_class.save_pretrained(folder)
             return
         super()._save(output_dir, state_dict)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that says what recipe.yaml says

@@ -7,12 +7,16 @@ longer then.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from biod2c.train_hf import train
@@ -20,6 +24,12 @@ from biod2c.training.launch import build_cpu_ops
 from biod2c.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
+}
 EXACT = ["--config.fusion_dropout", "0", "--lr_scheduler_type", "constant"]
 
 
@@ -28,17 +38,17 @@ def steps(run: Path) -> list[dict]:
     return [entry for entry in history if "loss" in entry]
 
 
-def train_on_two(recipe: Path, zero: str, output: Path, *overrides: str) -> str:
-    """`torchrun --nproc_per_node 2 train_hf.py RECIPE --deepspeed ZERO`; returns what it printed."""
+def command(recipe: Path, zero: str, output: Path, *overrides: str) -> list[str]:
+    """`torchrun --nproc_per_node 2 train_hf.py RECIPE --deepspeed ZERO`, 8 rows a step on both."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, ROOT / "train_hf.py", recipe, "--deepspeed", ROOT / "recipes" / zero]
-    command += ["--output_dir", output, "--per_device_train_batch_size", "4", *overrides]
-    own = {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
-    }
-    result = subprocess.run(map(str, command), env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+    words = [*launcher, ROOT / "train_hf.py", recipe, "--deepspeed", ROOT / "recipes" / zero]
+    return list(map(str, [*words, "--output_dir", output, "--per_device_train_batch_size", "4", *overrides]))
+
+
+def train_on_two(recipe: Path, zero: str, output: Path, *overrides: str) -> str:
+    """Run the command and return what it printed."""
+    words = command(recipe, zero, output, *overrides)
+    result = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     assert "DEEPSPEED, processes: 2" in result.stdout
     return result.stdout
@@ -60,55 +70,104 @@ def assert_same_losses(run: Path, other: Path) -> None:
             assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
 def weights_differ(run: Path, other: Path, file: str) -> list[str]:
     ours, theirs = load_file(run / file), load_file(other / file)
     assert ours.keys() == theirs.keys()
     return [name for name in ours if ours[name].shape != theirs[name].shape or not ours[name].equal(theirs[name])]
 
 
-@pytest.mark.slow
-def test_zero2_with_offload_in_two_stages(make_recipe, tmp_path):
-    """Stage 1 trains whole parts, stage 2 LoRA: losses of one process; continued from a checkpoint, the same bits."""
-    pytest.importorskip("deepspeed")
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    first = make_recipe("first.yaml", **saving, train=["fusion", "language_model"])
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(first, [*EXACT, "--output_dir", str(one)])
-    train_on_two(first, "zero2.json", two, *EXACT)
+def check(recipe: Path, zero: str, folder: Path, weights: str, *overrides: str) -> Path:
+    """Two processes under DeepSpeed log one process's losses, and continue from a checkpoint with the same bits."""
+    one, two = folder / f"{recipe.stem}-one", folder / f"{recipe.stem}-two"
+    train(recipe, [*EXACT, "--output_dir", str(one), *overrides])
+    train_on_two(recipe, zero, two, *EXACT, *overrides)
     assert_same_losses(two, one)
     again = continue_from_2(two)
-    train_on_two(first, "zero2.json", again, *EXACT)
+    train_on_two(recipe, zero, again, *EXACT, *overrides)
     assert steps(again) == steps(two)
-    assert weights_differ(again, two, "model.safetensors") == []
+    assert weights_differ(again, two, weights) == []
+    return two
 
-    start = {"model": str(two), "vocab_size": None, "config": {}, "train": ["fusion", "lora"], "lora": {"r": 4}}
-    second = make_recipe("second.yaml", **saving, **start)
-    one, lora = tmp_path / "one-lora", tmp_path / "lora"
-    train(second, [*EXACT, "--output_dir", str(one)])
-    train_on_two(second, "zero2.json", lora, *EXACT)
-    assert_same_losses(lora, one)
-    again = continue_from_2(lora)
-    train_on_two(second, "zero2.json", again, *EXACT)
-    assert steps(again) == steps(lora)
-    assert weights_differ(again, lora, "adapter_model.safetensors") == []
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
 @pytest.mark.slow
-def test_zero3(make_recipe, tmp_path):
-    """The split weights: losses of one process, saved whole, and continued from a checkpoint with the same bits."""
+@pytest.mark.parametrize("zero", ["zero2.json", "zero3.json"])
+def test_two_stages(make_recipe, tmp_path, zero):
+    """ZeRO-2 with its optimizer off the device, and ZeRO-3: stage 1 trains whole parts, stage 2 LoRA beside them.
+
+    What is frozen is in no checkpoint, not even in DeepSpeed's own files.
+    """
     pytest.importorskip("deepspeed")
-    recipe = make_recipe(save_strategy="steps", save_steps=2, max_steps=4, train=["fusion", "language_model"])
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(recipe, [*EXACT, "--output_dir", str(one)])
-    train_on_two(recipe, "zero3.json", two, *EXACT)
-    assert_same_losses(two, one)
-    again = continue_from_2(two)
-    train_on_two(recipe, "zero3.json", again, *EXACT)
-    assert steps(again) == steps(two)
-    assert weights_differ(again, two, "model.safetensors") == []
-    whole = load_file(one / "model.safetensors")
-    for name, weight in load_file(two / "model.safetensors").items():
+    first = make_recipe("first.yaml", **SAVING, train=["fusion", "language_model"])
+    stage1 = check(first, zero, tmp_path, "model.safetensors")
+    whole = load_file(tmp_path / "first-one" / "model.safetensors")
+    for name, weight in load_file(stage1 / "model.safetensors").items():
         assert weight.shape == whole[name].shape and (weight - whole[name]).abs().max() < 1e-4, name
+    assert not (stage1 / "checkpoint-2" / "model.safetensors").exists()
+    for states in (stage1 / "checkpoint-2").rglob("*model_states.pt"):
+        module = torch.load(states, weights_only=False)["module"]
+        assert not [name for name, _ in vision_parameters(module)], states
+
+    start = {"model": str(stage1), "vocab_size": None, "config": {}, "train": ["fusion", "lora"], "lora": {"r": 4}}
+    second = make_recipe("second.yaml", **SAVING, **start)
+    check(second, zero, tmp_path, "adapter_model.safetensors")
+
+
+def vision_parameters(module: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return [item for item in module.items() if "vision_model" in item[0] and not item[0].endswith(statistics)]
+
+
+@pytest.mark.slow
+def test_bf16_checkpointing_and_accumulation(make_recipe, tmp_path):
+    """What the paper's recipe adds, under ZeRO-2: accumulation is exact; bf16 gives float32's losses to its digits."""
+    pytest.importorskip("deepspeed")
+    base = train(make_recipe("base.yaml", max_steps=1, output_dir=str(tmp_path / "base")), [])
+    start = {"model": str(base), "vocab_size": None, "config": {}, "train": ["fusion", "lora"], "lora": {"r": 4}}
+    recipe = make_recipe("recipe.yaml", **SAVING, **start, activation_checkpointing=True)
+    one, accumulated, mixed = tmp_path / "one", tmp_path / "accumulated", tmp_path / "mixed"
+    train(recipe, [*EXACT, "--output_dir", str(one)])
+    halves = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    train_on_two(recipe, "zero2.json", accumulated, *EXACT, *halves)
+    assert_same_losses(accumulated, one)
+    train_on_two(recipe, "zero2.json", mixed, *EXACT, *halves, "--bf16", "true")
+    for entry, expected in zip(steps(mixed), steps(one), strict=True):
+        assert entry["loss"] == pytest.approx(expected["loss"], rel=2e-2)
+    again = continue_from_2(mixed)
+    train_on_two(recipe, "zero2.json", again, *EXACT, *halves, "--bf16", "true")
+    assert steps(again) == steps(mixed)
+
+
+@pytest.mark.slow
+def test_killed_under_deepspeed(make_recipe, tmp_path):
+    """kill -9 of every process after the first checkpoint; the same command again ends with the same bits."""
+    pytest.importorskip("deepspeed")
+    recipe = make_recipe(save_strategy="steps", save_steps=2, max_steps=8, train=["fusion", "language_model"])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_on_two(recipe, "zero2.json", whole, *EXACT)
+    process = subprocess.Popen(
+        command(recipe, "zero2.json", killed, *EXACT),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_until(lambda: (killed / "checkpoint-2").exists() or process.poll() is not None, 300)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists(), "it ended before it was killed"
+    train_on_two(recipe, "zero2.json", killed, *EXACT)
+    assert steps(killed) == steps(whole)
+    assert weights_differ(killed, whole, "model.safetensors") == []
 
 
 def test_what_this_machine_cannot_run(make_recipe, monkeypatch):
