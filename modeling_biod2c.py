@@ -794,7 +794,8 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 vocab_size=outputs.logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
-            loss = nll_loss if semantic is None else nll_loss + self.config.semantic_loss_weight * semantic  # eq. 5
+            # eq. 5; always a new tensor, because Trainer scales it in place
+            loss = nll_loss + (0 if semantic is None else self.config.semantic_loss_weight * semantic)
         return BioD2COutput(
             loss=loss,
             nll_loss=nll_loss,

@@ -9,6 +9,7 @@ HF_TOKEN or `hf auth login`.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,8 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
         write_card(output, recipe, values, splits, trainer.state, repo)
         if repo:
             print(f"pushed {push_run(output, repo)}")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # the processes part together: one that leaves first can abort another
     return output
 
 
@@ -87,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not argv or argv[0].startswith("-"):
         raise ValueError("which recipe? train_hf.py RECIPE.yaml [--field value ...]")
-    print(f"wrote {train(find_recipe(argv[0]), argv[1:])}")
+    output = train(find_recipe(argv[0]), argv[1:])
+    if os.environ.get("RANK", "0") == "0":
+        print(f"wrote {output}")
 
 
 def find_recipe(name: str) -> Path:

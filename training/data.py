@@ -88,6 +88,10 @@ class AnswerCollator:
         batch = batch.convert_to_tensors("pt")
         answers = batch.pop("assistant_masks").bool()
         batch["labels"] = batch["input_ids"].masked_fill(~answers, -100)
+        if "queue_input_ids" not in batch:
+            # an absent queue rather than none: under ZeRO-3 all processes must use the same weights in the same order
+            absent = torch.zeros_like(batch["question_input_ids"])[:, None]
+            batch |= {"queue_input_ids": absent, "queue_attention_mask": absent}
         return dict(batch)
 
     def _read_image(self, row: dict[str, Any], images: dict[str, PILImage.Image]) -> bool:

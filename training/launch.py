@@ -7,7 +7,9 @@ found then is such a leftover.
 """
 
 import fcntl
+import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -23,7 +25,7 @@ def for_this_machine(values: dict[str, Any]) -> dict[str, Any]:
     """A recipe's keys, with what this machine adds to them.
 
     Raises:
-        ValueError: for FSDP without a GPU, or DeepSpeed that was not installed or not launched.
+        ValueError: for FSDP without a GPU, or DeepSpeed that was not installed, not launched or not configured.
     """
     without_gpu = bool(values.get("use_cpu")) or not torch.cuda.is_available()
     by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
@@ -39,7 +41,33 @@ def for_this_machine(values: dict[str, Any]) -> dict[str, Any]:
     if "LOCAL_RANK" not in os.environ:
         raise ValueError("deepspeed needs its launcher or torchrun: torchrun --nproc_per_node 4 train_hf.py RECIPE ...")
     # else accelerate, which finds no GPU, would take each process for the only one
-    return {**values, "use_cpu": without_gpu}
+    return {**values, **_precision_to_deepspeed(values), "use_cpu": without_gpu}
+
+
+def _precision_to_deepspeed(values: dict[str, Any]) -> dict[str, Any]:
+    """`bf16: true` means torch's autocast under DeepSpeed too: what learns stays in float32, as in every other run.
+
+    DeepSpeed's own bf16 casts all weights, and a step of 5e-5 changes few numbers of 16 bits.
+    """
+    path = Path(values["deepspeed"])
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as DeepSpeed's JSON: {error}") from error
+    if own := sorted({"bf16", "fp16", "torch_autocast"} & config.keys()):
+        raise ValueError(f"{path}: remove {', '.join(own)}; the recipe's bf16 or fp16 says the precision")
+    for field, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if values.get(field):
+            config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    return {"deepspeed": config, "bf16": False, "fp16": False}
+
+
+def mixed_precision(arguments: TrainingArguments) -> torch.dtype | None:
+    """What a run's autocast computes in: torch.bfloat16, torch.float16 or None, without it."""
+    under_deepspeed = (arguments.deepspeed or {}).get("torch_autocast", {}).get("dtype")
+    if under_deepspeed:
+        return getattr(torch, under_deepspeed)
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
 
 def start_deepspeed(arguments: TrainingArguments) -> None:
@@ -49,6 +77,8 @@ def start_deepspeed(arguments: TrainingArguments) -> None:
     import deepspeed
 
     leave_frozen_weights_out(deepspeed.DeepSpeedEngine)
+    # DeepSpeed calls these by names that torch is about to drop, and torch says so hundreds of times a step
+    warnings.filterwarnings("ignore", message=r".*(reduce_scatter|all_gather_into)_tensor", category=FutureWarning)
     if not arguments.use_cpu:
         deepspeed.init_distributed()
         return

@@ -19,6 +19,7 @@ from ..configuration_biod2c import BioD2CConfig
 from ..image_processing_biod2c import BioD2CImageProcessor
 from ..modeling_biod2c import BioD2CForConditionalGeneration
 from ..processing_biod2c import BioD2CProcessor
+from .launch import mixed_precision
 from .recipe import Recipe
 
 # Where a part's parameters are, for a model without adapters
@@ -54,9 +55,7 @@ def build_model(
 
 def frozen_dtype(recipe: Recipe, arguments: TrainingArguments) -> torch.dtype:
     """What the language model is held in: 16 bits under mixed precision, unless it trains whole."""
-    if "language_model" in recipe.train or not (arguments.bf16 or arguments.fp16):
-        return torch.float32
-    return torch.bfloat16 if arguments.bf16 else torch.float16
+    return torch.float32 if "language_model" in recipe.train else mixed_precision(arguments) or torch.float32
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class BioD2CTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.rows_per_image, self.eval_questions = rows_per_image, eval_questions
         self.saving = False
-        # summed since the last log, on the device, so that no step waits: nll, semantic, batches that had the latter
+        # summed since the last log, on the device, so that no step waits: nll, semantic, rows that had the latter
         self.loss_parts = torch.zeros(3, device=self.args.device)
         self.parts_from_step: int | None = None
 
@@ -102,7 +102,7 @@ class BioD2CTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(_rows_with_queue(batch) for batch in batches), device=device)
+        count = torch.stack([_rows_with_queue(batch) for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count[None]).sum()
         for batch in batches:
@@ -117,7 +117,7 @@ class BioD2CTrainer(Trainer):
             self.loss_parts[0] += outputs["nll_loss"].detach()
             if (semantic := outputs.get("semantic_loss")) is not None:
                 self.loss_parts[1] += semantic.detach()
-                self.loss_parts[2] += 1
+                self.loss_parts[2] += _rows_with_queue(inputs)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> tuple:
@@ -129,7 +129,7 @@ class BioD2CTrainer(Trainer):
         self.eval_sums[:2] += torch.stack([outputs["nll_loss"] * tokens, tokens])
         if (semantic := outputs.get("semantic_loss")) is not None:
             rows = _rows_with_queue(inputs)
-            self.eval_sums[2:] += torch.stack([semantic * rows, semantic.new_tensor(rows)])
+            self.eval_sums[2:] += torch.stack([semantic * rows, rows])
         return outputs["loss"].detach(), None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -151,20 +151,18 @@ class BioD2CTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.parts_from_step is not None:
             # each process holds its share of the sums; all ask for both, whether their own rows had a queue or not
-            nll, semantic, batches = self.accelerator.gather(self.loss_parts[None]).sum(0).tolist()
+            nll, semantic, rows = self.accelerator.gather(self.loss_parts[None]).sum(0).tolist()
             steps = self.state.global_step - self.parts_from_step
             logs["nll_loss"] = nll / steps
-            if batches:
+            if rows:
                 logs["semantic_loss"] = semantic / steps
             self.loss_parts.zero_()
             self.parts_from_step = None
         super().log(logs, start_time)
 
 
-def _rows_with_queue(batch: dict[str, Tensor]) -> int:
-    if "queue_attention_mask" not in batch:
-        return 0
+def _rows_with_queue(batch: dict[str, Tensor]) -> Tensor:
     present = batch["queue_attention_mask"].flatten(1).any(1)
     if "image_index" in batch:
         present = present & (batch["image_index"] >= 0)
-    return int(present.sum())
+    return present.sum()
