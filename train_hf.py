@@ -22,7 +22,7 @@ from biod2c.training.checkpoints import FreeSpace, checkpoint_to_continue
 from biod2c.training.data import AnswerCollator, BadSampleLimit, load_rows
 from biod2c.training.held_out import draw_losses
 from biod2c.training.hub import RECORD, open_repository, push_run, write_card
-from biod2c.training.launch import start_deepspeed, whole_model
+from biod2c.training.launch import leave_processes, start_deepspeed, whole_model
 from biod2c.training.model import build_model, frozen_dtype, parts_table, select_parts
 from biod2c.training.recipe import Recipe, load_recipe
 from biod2c.training.trainer import BioD2CTrainer
@@ -76,8 +76,6 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
         write_card(output, recipe, values, splits, trainer.state, repo)
         if repo:
             print(f"pushed {push_run(output, repo)}")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # the processes part together: one that leaves first can abort another
     return output
 
 
@@ -91,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not argv or argv[0].startswith("-"):
         raise ValueError("which recipe? train_hf.py RECIPE.yaml [--field value ...]")
     output = train(find_recipe(argv[0]), argv[1:])
+    leave_processes()
     if os.environ.get("RANK", "0") == "0":
         print(f"wrote {output}")
 

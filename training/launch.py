@@ -7,6 +7,7 @@ found then is such a leftover.
 """
 
 import fcntl
+import gc
 import json
 import os
 import warnings
@@ -58,7 +59,8 @@ def _precision_to_deepspeed(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{path}: remove {', '.join(own)}; the recipe's bf16 or fp16 says the precision")
     for field, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if values.get(field):
-            config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+            # no "safe" modules: their weights would travel in 16 bits, and after a restart in 32, with other losses
+            config["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return {"deepspeed": config, "bf16": False, "fp16": False}
 
 
@@ -101,6 +103,14 @@ def leave_frozen_weights_out(engine: Any) -> None:
         return load(self, *args, **{**kwargs, "load_module_strict": False})
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def leave_processes() -> None:
+    """Part from the other processes when all are done: one that leaves with a connection open may be aborted."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        gc.collect()  # DeepSpeed's engine, in a cycle, holds connections of its own
+        torch.distributed.destroy_process_group()
 
 
 def build_cpu_ops() -> None:
