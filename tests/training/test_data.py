@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from biod2c.image_processing_biod2c import open_image
 from biod2c.training import data
-from biod2c.training.data import AnswerCollator, ImageGroupedSampler, weigh
+from biod2c.training.data import AnswerCollator, GroupedSampler
 
 
 def test_only_answers_and_their_end_tokens_are_learned(make_rows, processor):
@@ -71,7 +71,7 @@ def test_the_question_is_the_rows_own_and_the_queue_is_cut(make_rows, processor)
 def test_the_sampler_gives_every_row_once_in_groups_of_one_image(counts, size, seed):
     images = [f"image{i}" for i, count in enumerate(counts) for _ in range(count)]
     lengths = [1 + row % 5 for row in range(len(images))]
-    sampler = ImageGroupedSampler(images, lengths, size, seed)
+    sampler = GroupedSampler(images, lengths, size, seed)
     order = list(sampler)
     assert sorted(order) == list(range(len(images))) and len(sampler) == len(images)
     runs = Counter()
@@ -82,15 +82,3 @@ def test_the_sampler_gives_every_row_once_in_groups_of_one_image(counts, size, s
     assert list(sampler) == order  # the same epoch, the same order
     sampler.set_epoch(1)
     assert sorted(sampler) == list(range(len(images)))
-
-
-def test_weights_are_how_often_a_row_stands():
-    sources = ["slake"] * 10 + ["vqa_rad"] * 4
-    rows = weigh(sources, {"vqa_rad": 0.5, "slake": 2}, seed=0)
-    assert Counter(rows[:20]) == dict.fromkeys(range(10), 2)
-    assert len(set(rows[20:])) == 2 and set(rows[20:]) <= set(range(10, 14))
-    assert rows == weigh(sources, {"vqa_rad": 0.5, "slake": 2}, seed=0)
-    with pytest.raises(ValueError, match="no row of pmc_vqa; there are slake, vqa_rad"):
-        weigh(sources, {"pmc_vqa": 1}, seed=0)
-    with pytest.raises(ValueError, match="slake has weight 0, must be above 0"):
-        weigh(sources, {"slake": 0}, seed=0)
