@@ -146,14 +146,16 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
-        jittered = np.asarray(self.lengths) * random.uniform(0.7, 1.3, len(self))
+        lengths = np.asarray(self.lengths)
+        if self.rows_per_image > 1:  # else the same rows of an image would meet in every epoch
+            lengths = lengths * random.uniform(0.7, 1.3, len(self))
         groups = []
         for rows in self.rows_of.values():
-            ordered = sorted(rows, key=jittered.__getitem__)
+            ordered = sorted(rows, key=lengths.__getitem__)
             groups += [ordered[i : i + self.rows_per_image] for i in range(0, len(rows), self.rows_per_image)]
         random.shuffle(groups)
         for i in range(0, len(groups), self.sorted_groups):
-            for group in sorted(groups[i : i + self.sorted_groups], key=lambda group: jittered[group].max()):
+            for group in sorted(groups[i : i + self.sorted_groups], key=lambda group: lengths[group].max()):
                 yield from group
 
 
