@@ -47,6 +47,7 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     set_seed(arguments.seed)
     rows = load_rows(recipe, "train", arguments.seed)
     eval_rows = load_rows(recipe, "eval") if any(one["eval_split"] for one in recipe.datasets) else None
+    num_rows = None if recipe.streaming else len(rows) + len(eval_rows or [])
     with whole_model():
         model, processor = build_model(recipe, rows)
     model = select_parts(model, recipe)
@@ -56,7 +57,7 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
         train_dataset=stream_rows(rows, recipe, arguments, start) if recipe.streaming else rows,
         eval_dataset=eval_rows,
         data_collator=AnswerCollator(processor, model.config.semantic_queue_size, recipe.image_cache, bad_samples),
-        callbacks=[BadSampleLimit(bad_samples, None if recipe.streaming else len(rows), recipe.bad_sample_limit)],
+        callbacks=[BadSampleLimit(bad_samples, num_rows, recipe.bad_sample_limit)],
         processing_class=processor,
         rows_per_image=recipe.rows_per_image,
         eval_questions=recipe.eval_questions,

@@ -27,7 +27,8 @@ class AnswerCollator:
     """Rows -> a batch with labels: -100 everywhere but on the answers and their end tokens.
 
     A row whose image cannot be read is left out, and its id and the reason are written to the file `bad_samples`, once.
-    Rows that are None, which Trainer passes over (see `RowStream`), make an empty batch.
+    A batch without any other is a blank row, which counts for nothing. Rows that are None, which Trainer passes over
+    (see `RowStream`), make an empty batch.
     """
 
     def __init__(
@@ -37,13 +38,13 @@ class AnswerCollator:
         self.images = ImageCache(processor, image_cache)
 
     def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
-        """Raises ValueError if none of the rows has an image that can be read."""
         if rows[0] is None:
             return {}
         images: dict[str, PILImage.Image] = {}  # decoded once, in the order in which they are met
         rows = [row for row in rows if self._read_image(row, images)]
         if not rows:
-            raise ValueError(f"no row of a batch has an image that can be read; the reasons are in {self.bad_samples}")
+            rows = [blank_row()]
+            self._read_image(rows[0], images)
         position = {sha256: number for number, sha256 in enumerate(images)}
         batch = self.processor.apply_chat_template(
             [self._conversation(row) for row in rows],
@@ -159,31 +160,29 @@ class GroupedSampler(Sampler[int]):
                 yield from group
 
 
+def blank_row() -> dict[str, Any]:
+    """A row with an image and a question, but no answer to learn and no queue: it adds nothing to any loss."""
+    buffer = BytesIO()
+    PILImage.new("RGB", (1, 1)).save(buffer, "PNG")
+    image = {"bytes": buffer.getvalue(), "path": None}
+    return {"image": image, "image_sha256": "", "history": [], "question": "?", "answer": None, "queue": []}
+
+
 class EvenRows(torch.utils.data.Dataset):
-    """Held-out rows, and after them as many that count for nothing as make the last batches of all processes full.
+    """Held-out rows, and after them as many blank ones as make the last batches of all processes full.
 
     accelerate would repeat the first rows, and the held-out losses would count these twice. No process may go without:
     under ZeRO-3 the others would wait for it.
     """
 
     def __init__(self, rows: Dataset, round_size: int) -> None:
-        blank = BytesIO()
-        PILImage.new("RGB", (1, 1)).save(blank, "PNG")
         self.rows, self.round_size = rows, round_size
-        self.padding: dict[str, Any] = {
-            "image": {"bytes": blank.getvalue(), "path": None},
-            "image_sha256": "",
-            "history": [],
-            "question": "?",
-            "answer": None,
-            "queue": [],
-        }
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.round_size) * self.round_size
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.rows[number] if number < len(self.rows) else self.padding
+        return self.rows[number] if number < len(self.rows) else blank_row()
 
 
 class BadSampleLimit(TrainerCallback):

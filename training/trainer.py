@@ -96,7 +96,7 @@ class BioD2CTrainer(Trainer):
             count = self.accelerator.gather(count[None]).sum()
         for batch in batches:
             batch["num_semantic_items_in_batch"] = count.clamp(min=1)
-        return batches, num_items
+        return batches, None if num_items is None else num_items.clamp(min=1)  # 0 where no image could be read
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
