@@ -59,7 +59,14 @@ def test_several_datasets_with_weights_and_held_out_rows_of_one(make_recipe, dat
     assert sorted(times.values()) == [2, 2, 2, 3, 3, 3]
     assert len(rows) == 24 + 15
     assert len(rows_of(recipe, "eval", None)) == 8
-    assert len(losses(train(recipe, ["--eval_strategy", "steps"]))) == 2
+    output = train(recipe, ["--eval_strategy", "steps"])
+    assert len(losses(output)) == 2
+    card = (output / "README.md").read_text()
+    for line in (
+        f"- `{dataset_folder}`, configuration `default`\n",
+        f"- `{plain_folder}`, configuration `default`, weight",
+    ):
+        assert line in card
 
 
 def test_a_plain_dataset_trains(make_recipe, plain_folder):
@@ -141,12 +148,11 @@ def test_a_worker_gives_out_the_same_batches(make_streaming, tmp_path):
     "changes",
     [
         {"streaming": True, "gradient_accumulation_steps": 2},
-        {"streaming": True, "shuffle_buffer": 8},
         {"streaming": True, "shuffle_buffer": 8, "dataloader_num_workers": 2},
         {"dataloader_num_workers": 2, "rows_per_image": 2},
         {"train_sampling_strategy": "group_by_length"},
     ],
-    ids=["stream", "shuffled", "shuffled, workers", "workers", "by length"],
+    ids=["stream", "shuffled, workers", "workers", "by length"],
 )
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(make_streaming, tmp_path, monkeypatch, changes):
     """Interrupted in the second of its passes, dropout on; what was trained on is not decoded again."""
