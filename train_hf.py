@@ -15,16 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from transformers import EarlyStoppingCallback
+from datasets import IterableDataset
+from transformers import EarlyStoppingCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from biod2c.training.checkpoints import FreeSpace, checkpoint_to_continue
-from biod2c.training.data import AnswerCollator, BadSampleLimit, load_rows
+from biod2c.training.data import AnswerCollator, BadSampleLimit
 from biod2c.training.held_out import draw_losses
 from biod2c.training.hub import RECORD, open_repository, push_run, write_card
 from biod2c.training.launch import leave_processes, start_deepspeed, whole_model
 from biod2c.training.model import build_model, frozen_dtype, parts_table, select_parts
 from biod2c.training.recipe import Recipe, load_recipe
+from biod2c.training.rows import RowStream, load_rows
 from biod2c.training.trainer import BioD2CTrainer
 
 
@@ -44,18 +46,19 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
     start = checkpoint_to_continue(output, values, arguments.resume_from_checkpoint)
     bad_samples = output / "bad_samples.jsonl"
     set_seed(arguments.seed)
-    rows = load_rows(recipe, recipe.train_split, arguments.seed)
-    eval_rows = load_rows(recipe, recipe.eval_split) if recipe.eval_split else None
+    rows = load_rows(recipe, "train", arguments.seed)
+    eval_rows = load_rows(recipe, "eval") if any(one["eval_split"] for one in recipe.datasets) else None
+    num_rows = None if recipe.streaming else len(rows) + len(eval_rows or [])
     with whole_model():
         model, processor = build_model(recipe, rows, arguments)
     model = select_parts(model, recipe, frozen_dtype(recipe, arguments))
     trainer = BioD2CTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=stream_rows(rows, recipe, arguments, start) if recipe.streaming else rows,
         eval_dataset=eval_rows,
         data_collator=AnswerCollator(processor, model.config.semantic_queue_size, recipe.image_cache, bad_samples),
-        callbacks=[FreeSpace(), BadSampleLimit(bad_samples, len(rows), recipe.bad_sample_limit)],
+        callbacks=[FreeSpace(), BadSampleLimit(bad_samples, num_rows, recipe.bad_sample_limit)],
         processing_class=processor,
         rows_per_image=recipe.rows_per_image,
         eval_questions=recipe.eval_questions,
@@ -67,16 +70,34 @@ def train(recipe_path: Path, overrides: list[str]) -> Path:
         print(f"{trainer.accelerator.distributed_type.value}, processes: {trainer.accelerator.num_processes}")
         (output / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         (output / RECORD).unlink(missing_ok=True)  # what it was pushed as is about to change
+        if start is None:
+            bad_samples.unlink(missing_ok=True)  # another run's
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         draw_losses(trainer.state.log_history, output / "losses.png")
-        splits = {recipe.train_split: rows} | ({recipe.eval_split: eval_rows} if recipe.eval_split else {})
+        splits = {recipe.train_split: rows}
+        if eval_rows is not None:
+            splits[recipe.eval_split or "held out"] = eval_rows
         write_card(output, recipe, values, splits, trainer.state, repo)
         if repo:
             print(f"pushed {push_run(output, repo)}")
     return output
+
+
+def stream_rows(rows: IterableDataset, recipe: Recipe, arguments: TrainingArguments, start: str | None) -> RowStream:
+    """The rows of the whole run, of which those before the checkpoint `start` are only counted."""
+    # every process reads the stream and takes its part; accelerate would else concatenate batches of unlike shapes
+    arguments.accelerator_config.dispatch_batches = False
+    done = TrainerState.load_from_json(str(Path(start, "trainer_state.json"))).global_step if start else 0
+    return RowStream(
+        rows,
+        round_size=arguments.train_batch_size * arguments.world_size,
+        rounds=arguments.max_steps * arguments.gradient_accumulation_steps,
+        done=0 if arguments.ignore_data_skip else done * arguments.gradient_accumulation_steps,
+        shuffled=recipe.shuffle_buffer > 0,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,60 +4,31 @@ Unusual here: a batch is not a row's image and a row's text. The rows of one ima
 and encoded once, and `image_index` says which row asks which image.
 """
 
+import fcntl
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset
 from PIL import Image as PILImage
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..image_processing_biod2c import open_image, upright_rgb
 from ..processing_biod2c import BioD2CProcessor
-from .recipe import Recipe
-
-
-def load_rows(recipe: Recipe, split: str, seed: int | None = None) -> Dataset:
-    """The recipe's rows of one split, their images still encoded; with a seed, weighted as the recipe's sources say.
-
-    Raises:
-        ValueError: if the dataset lacks the split or one of the recipe's sources.
-    """
-    rows = load_dataset(recipe.dataset, recipe.dataset_config, split=split)
-    rows = rows.cast_column("image", Image(decode=False))  # decoded once an image, in the collator
-    if not recipe.sources:
-        return rows
-    weights = dict.fromkeys(recipe.sources, 1.0) if seed is None else recipe.sources
-    return rows.select(weigh(rows["source"], weights, seed or 0))
-
-
-def weigh(sources: Sequence[str], weights: Mapping[str, float], seed: int) -> list[int]:
-    """Row numbers in which each source's rows stand `weight` times: of 2.5, twice all and once a random half.
-
-    Raises:
-        ValueError: for a source that is not there or a weight that is not above 0.
-    """
-    numbers, random, chosen = np.asarray(sources), np.random.default_rng(seed), []
-    for source, weight in weights.items():
-        own = np.flatnonzero(numbers == source)
-        if not len(own):
-            raise ValueError(f"sources: no row of {source}; there are {', '.join(sorted(set(sources)))}")
-        if not weight > 0:
-            raise ValueError(f"sources: {source} has weight {weight}, must be above 0")
-        whole, part = divmod(weight, 1)
-        chosen += [own] * int(whole) + [random.choice(own, round(part * len(own)), replace=False)]
-    return sorted(np.concatenate(chosen).tolist())
 
 
 class AnswerCollator:
     """Rows -> a batch with labels: -100 everywhere but on the answers and their end tokens.
 
-    A row whose image cannot be read is left out, and its id and the reason are written to the file `bad_samples`.
+    A row whose image cannot be read is left out, and its id and the reason are written to the file `bad_samples`, once.
+    A batch without any other is a blank row, which counts for nothing. Rows that are None, which Trainer passes over
+    (see `RowStream`), make an empty batch.
     """
 
     def __init__(
@@ -66,12 +37,14 @@ class AnswerCollator:
         self.processor, self.queue_size, self.bad_samples = processor, queue_size, bad_samples
         self.images = ImageCache(processor, image_cache)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Raises ValueError if none of the rows has an image that can be read."""
+    def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        if rows[0] is None:
+            return {}
         images: dict[str, PILImage.Image] = {}  # decoded once, in the order in which they are met
         rows = [row for row in rows if self._read_image(row, images)]
         if not rows:
-            raise ValueError(f"no row of a batch has an image that can be read; the reasons are in {self.bad_samples}")
+            rows = [blank_row()]
+            self._read_image(rows[0], images)
         position = {sha256: number for number, sha256 in enumerate(images)}
         batch = self.processor.apply_chat_template(
             [self._conversation(row) for row in rows],
@@ -82,7 +55,7 @@ class AnswerCollator:
             processor_kwargs={
                 "images": [[image] for image in images.values()],
                 "image_index": [position[row["image_sha256"]] for row in rows],
-                "queue": [row["queue"][: self.queue_size] for row in rows],
+                "queue": [(row["queue"] or [])[: self.queue_size] for row in rows],
             },
         )
         batch = batch.convert_to_tensors("pt")
@@ -103,18 +76,24 @@ class AnswerCollator:
             if self.bad_samples is None:
                 raise ValueError(f"row {row['id']}: {error}") from error
             record = {"id": row["id"], "image_id": row["image_id"], "source": row["source"], "error": str(error)}
-            with self.bad_samples.open("a") as stream:  # one write a line: data loader processes share the file
-                stream.write(json.dumps(record) + "\n")
+            add_once(record, self.bad_samples)
             return False
         return True
 
     def _conversation(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         question = [{"type": "image"}, {"type": "text", "text": row["question"]}]
-        return [
-            *row["history"],
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": row["answer"]},
-        ]
+        turns = [*(row["history"] or []), {"role": "user", "content": question}]
+        return turns if row["answer"] is None else [*turns, {"role": "assistant", "content": row["answer"]}]
+
+
+def add_once(record: dict[str, str], path: Path) -> None:
+    """Add a line to a file that several processes write, unless an earlier epoch, or the run that this one continues,
+    has left one with its id there."""
+    with path.open("a+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # until it is closed
+        stream.seek(0)
+        if all(json.loads(line)["id"] != record["id"] for line in stream):
+            stream.write(json.dumps(record) + "\n")
 
 
 class ImageCache:
@@ -129,6 +108,8 @@ class ImageCache:
     def get(self, row: dict[str, Any]) -> PILImage.Image:
         image = self.kept.pop(row["image_sha256"], None)
         if image is None:
+            if row["image"] is None:
+                raise ValueError("the row has no image")
             source = row["image"]["path"] if row["image"]["bytes"] is None else row["image"]["bytes"]
             image = upright_rgb(open_image(source)).resize(self.size, self.resample)
         self.kept[row["image_sha256"]] = image
@@ -137,18 +118,28 @@ class ImageCache:
         return image
 
 
-class ImageGroupedSampler(Sampler[int]):
+class GroupedSampler(Sampler[int]):
     """Shuffled rows in groups of up to `rows_per_image` of one image, neighbours of like length.
 
     A batch is a run of neighbours: its rows share images, each encoded once, and few are padded far. Which rows of an
     image meet, and which groups, changes from epoch to epoch; both depend on `seed` and the epoch alone.
+
+    Args:
+        images: what tells apart the rows' images; with rows_per_image=1, only lengths bring rows together.
+        sorted_groups: sorted by length among so many: batches are even, yet an epoch is mixed.
     """
 
-    GROUPS_SORTED = 64  # sorted by length among so many: batches are even, yet an epoch is mixed
-
-    def __init__(self, images: Sequence[str], lengths: Sequence[int], rows_per_image: int, seed: int) -> None:
-        self.lengths, self.rows_per_image, self.seed, self.epoch = lengths, rows_per_image, seed, 0
-        self.rows_of: dict[str, list[int]] = {}
+    def __init__(
+        self,
+        images: Sequence[Any],
+        lengths: Sequence[int],
+        rows_per_image: int,
+        seed: int,
+        sorted_groups: int = 64,
+    ) -> None:
+        self.lengths, self.rows_per_image, self.sorted_groups = lengths, rows_per_image, sorted_groups
+        self.seed, self.epoch = seed, 0
+        self.rows_of: dict[Any, list[int]] = {}
         for row, image in enumerate(images):
             self.rows_of.setdefault(image, []).append(row)
 
@@ -160,35 +151,70 @@ class ImageGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
-        jittered = np.asarray(self.lengths) * random.uniform(0.7, 1.3, len(self))
+        lengths = np.asarray(self.lengths)
+        if self.rows_per_image > 1:  # else the same rows of an image would meet in every epoch
+            lengths = lengths * random.uniform(0.7, 1.3, len(self))
         groups = []
         for rows in self.rows_of.values():
-            ordered = sorted(rows, key=jittered.__getitem__)
+            ordered = sorted(rows, key=lengths.__getitem__)
             groups += [ordered[i : i + self.rows_per_image] for i in range(0, len(rows), self.rows_per_image)]
         random.shuffle(groups)
-        for i in range(0, len(groups), self.GROUPS_SORTED):
-            for group in sorted(groups[i : i + self.GROUPS_SORTED], key=lambda group: jittered[group].max()):
+        for i in range(0, len(groups), self.sorted_groups):
+            for group in sorted(groups[i : i + self.sorted_groups], key=lambda group: lengths[group].max()):
                 yield from group
 
 
-class BadSampleLimit(TrainerCallback):
-    """Ends the run in error when more than `limit` (a share) of `num_rows` could not be read."""
+def blank_row() -> dict[str, Any]:
+    """A row with an image and a question, but no answer to learn and no queue: it adds nothing to any loss."""
+    buffer = BytesIO()
+    PILImage.new("RGB", (1, 1)).save(buffer, "PNG")
+    image = {"bytes": buffer.getvalue(), "path": None}
+    return {"image": image, "image_sha256": "", "history": [], "question": "?", "answer": None, "queue": []}
 
-    def __init__(self, bad_samples: Path, num_rows: int, limit: float) -> None:
+
+class EvenRows(torch.utils.data.Dataset):
+    """Held-out rows, and after them as many blank ones as make the last batches of all processes full.
+
+    accelerate would repeat the first rows, and the held-out losses would count these twice. No process may go without:
+    under ZeRO-3 the others would wait for it.
+    """
+
+    def __init__(self, rows: Dataset, round_size: int) -> None:
+        self.rows, self.round_size = rows, round_size
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.round_size) * self.round_size
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.rows[number] if number < len(self.rows) else blank_row()
+
+
+class BadSampleLimit(TrainerCallback):
+    """Ends the run in error when more than `limit` (a share) of `num_rows` could not be read.
+
+    Of a stream, whose rows nobody has counted (None), it is a share of the rows trained on so far, or of the first
+    FIRST_ROWS.
+    """
+
+    FIRST_ROWS = 1000
+
+    def __init__(self, bad_samples: Path, num_rows: int | None, limit: float) -> None:
         self.bad_samples, self.num_rows, self.limit = bad_samples, num_rows, limit
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if not self.bad_samples.exists():
             return
-        count = len({json.loads(line)["id"] for line in self.bad_samples.read_text().splitlines()})
-        if count > self.limit * self.num_rows:
+        count = len(self.bad_samples.read_text().splitlines())
+        step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        num_rows = self.num_rows or max(self.FIRST_ROWS, state.global_step * step_rows)
+        if count > self.limit * num_rows:
             raise ValueError(
-                f"{count} of {self.num_rows} rows could not be read, more than the limit of {self.limit:.1%}; the "
-                f"reasons are in {self.bad_samples}. Mend them, or raise bad_sample_limit"
+                f"{count} of {num_rows} rows could not be read, more than the limit of {self.limit:.1%}; the reasons "
+                f"are in {self.bad_samples}. Mend them and remove that file, or raise bad_sample_limit"
             )
 
 
 def text_lengths(rows: Dataset) -> list[int]:
     """Characters of each row's question, answer and earlier turns: near enough to order rows by their tokens."""
-    turns = [sum(len(turn["content"]) for turn in history) for history in rows["history"]]
+    turns = [sum(len(turn["content"]) for turn in history or []) for history in rows["history"]]
     return [sum(map(len, texts)) + n for *texts, n in zip(rows["question"], rows["answer"], turns, strict=True)]

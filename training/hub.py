@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -46,6 +46,8 @@ VERSIONS = ("torch", "transformers", "peft", "accelerate", "deepspeed", "dataset
 # huggingface_hub retries uploads of files itself, but not the making of a repo, the check of a card and the commit
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 TRANSIENT = {408, 429, 500, 502, 503, 504}
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 T = TypeVar("T")
 
@@ -179,7 +181,7 @@ def write_card(
     output: Path,
     recipe: Recipe,
     values: Mapping[str, Any],
-    splits: Mapping[str, Dataset],
+    splits: Mapping[str, Dataset | IterableDataset],
     state: TrainerState,
     repo: str | None,
 ) -> None:
@@ -211,7 +213,7 @@ def write_card(
 
 def _metadata(recipe: Recipe) -> ModelCardData:
     bases = [name for base in _bases(recipe) if (name := hub_name(base))]
-    dataset = hub_name(recipe.dataset)
+    datasets = [name for one in recipe.datasets if (name := hub_name(one["path"]))]
     license_id, license_name = _license(recipe)
     return ModelCardData(
         license=license_id,
@@ -221,7 +223,7 @@ def _metadata(recipe: Recipe) -> ModelCardData:
         language="en",
         tags=["biod2c", "medical", "visual-question-answering"] + ["lora"] * ("lora" in recipe.train),
         base_model=bases or None,  # the Hub refuses local paths here
-        datasets=[dataset] if dataset else None,
+        datasets=list(dict.fromkeys(datasets)) or None,
     )
 
 
@@ -270,23 +272,32 @@ def _results(state: TrainerState) -> str:
     return "\n".join([title, "", "| measure | value |", "|---|---|", *lines])
 
 
-def _data(recipe: Recipe, splits: Mapping[str, Dataset]) -> str:
-    lines = [f"`{recipe.dataset}`, configuration `{recipe.dataset_config}`"]
+def _data(recipe: Recipe, splits: Mapping[str, Dataset | IterableDataset]) -> str:
+    lines = [_dataset_line(one, next(iter(splits.values()))) for one in recipe.datasets]
     if recipe.sources:
-        lines[0] += f", sources {', '.join(recipe.sources)}"
-    if revision := _revision(next(iter(splits.values()))):
-        lines[0] += f", Hub revision `{revision}`"
+        lines.append(f"- of these the sources {', '.join(recipe.sources)}")
     lines += ["", "| split | rows | SHA-256 of the rows | licenses |", "|---|---|---|---|"]
     for name, rows in splits.items():
-        licenses = sorted(set(rows["license"])) if "license" in rows.column_names else []
-        lines.append(f"| {name} | {len(rows)} | `{rows_fingerprint(rows)}` | {', '.join(map(str, licenses)) or '-'} |")
+        if isinstance(rows, IterableDataset):
+            lines.append(f"| {name} | streamed, not counted | - | - |")
+            continue
+        licenses = sorted({license_ or "-" for license_ in rows["license"]})
+        lines.append(f"| {name} | {len(rows)} | `{rows_fingerprint(rows)}` | {', '.join(licenses) or '-'} |")
     return "\n".join(lines)
 
 
-def _revision(rows: Dataset) -> str | None:
+def _dataset_line(one: Mapping[str, Any], rows: Dataset | IterableDataset) -> str:
+    line = f"- `{one['path']}`, configuration `{one['name']}`"
+    if one["weight"] != 1:
+        line += f", weight {one['weight']}"
+    revision = one.get("revision") or (_revision(rows, one["path"]) if isinstance(rows, Dataset) else None)
+    return f"{line}, Hub revision `{revision}`" if revision else line
+
+
+def _revision(rows: Dataset, path: str) -> str | None:
     """The commit of the Hub's data set that rows came from: `load_dataset` names their folder in its cache by it."""
-    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
-    return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
+    folders = [Path(file["filename"]).parent for file in rows.cache_files]
+    return next((f.name for f in folders if path.replace("/", "___") in f.parts and _COMMIT.fullmatch(f.name)), None)
 
 
 def _versions() -> str:

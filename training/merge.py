@@ -10,9 +10,9 @@ from ..cli import ArgumentParser
 from ..modeling_biod2c import BioD2CForConditionalGeneration
 from ..processing_biod2c import BioD2CProcessor
 from .checkpoints import TRAINED_PARTS, load_trained_parts
-from .data import load_rows
 from .model import build_model, frozen_dtype, select_parts
 from .recipe import load_recipe
+from .rows import load_rows
 
 
 def merge(trained: Path, output: Path) -> None:
@@ -43,7 +43,7 @@ def merge(trained: Path, output: Path) -> None:
 def _rebuild(checkpoint: Path) -> BioD2CForConditionalGeneration:
     recipe, arguments, _ = load_recipe(checkpoint.parent / "recipe.yaml", [])
     set_seed(arguments.seed)
-    model, _ = build_model(recipe, load_rows(recipe, recipe.train_split, arguments.seed), arguments)
+    model, _ = build_model(recipe, load_rows(recipe, "train", arguments.seed), arguments)
     model = select_parts(model, recipe, frozen_dtype(recipe, arguments))
     load_trained_parts(model, checkpoint)
     return model

@@ -49,21 +49,26 @@ class Recipe:
         lora: fields of peft's `LoraConfig`.
         quantization: QLoRA: fields of transformers' `BitsAndBytesConfig`, such as {load_in_4bit: true}; the frozen
             language model is held so, in NF4 with double quantization unless a field says otherwise.
-        dataset: folder or Hub name that `load_dataset` opens, with the columns of docs/dataset.md.
-        dataset_config: its configuration: "pretrain" for stage 1, "default" for stage 2.
+        dataset: folder or Hub name that `load_dataset` opens, with the columns of docs/dataset.md; image, question and
+            answer are enough. Or a list of several, each a mapping of `load_dataset`'s own arguments (path, name,
+            data_files, revision ...), of `weight` (how often its rows stand in an epoch; 1), and of a `train_split` or
+            `eval_split` of its own (null: it has none).
+        dataset_config: the configuration of each that names none: "pretrain" for stage 1, "default" for stage 2.
         sources: keep only the rows of these sources, such as [slake] (empty: all); {slake: 2, vqa_rad: 0.5} trains on
             each of SLAKE's rows twice an epoch and on a random half of VQA-RAD's, drawn once.
         train_split, eval_split: split names; no `eval_split`, no evaluation.
         eval_questions: at each evaluation, so many held-out questions are answered and scored (eval_accuracy,
             eval_closed_acc ...; `metric_for_best_model` may name one).
         early_stopping_patience: end the run after so many evaluations without a better `metric_for_best_model`.
+        streaming: read training rows as they are needed; needs `max_steps`. Held-out rows are still read at once.
+        shuffle_buffer: of a stream, shuffle among so many rows (0: train in the order in which they come).
         rows_per_image: up to so many rows of one image stand in a batch together, and encode it once.
         image_cache: decoded, resized images to keep in memory, a process.
-        bad_sample_limit: the share of rows with an unreadable image past which the run ends in error; below it they are
-            left out and recorded in bad_samples.jsonl.
+        bad_sample_limit: the share of rows with an unreadable image past which the run ends in error (of a stream, the
+            share of the rows so far); below it they are left out and recorded in bad_samples.jsonl.
     """
 
-    dataset: str
+    dataset: str | list[dict[str, Any]]
     train: list[str]
     model: str | None = None
     vision: str | None = None
@@ -79,6 +84,8 @@ class Recipe:
     eval_split: str | None = None
     eval_questions: int = 0
     early_stopping_patience: int | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 0
     rows_per_image: int = 1
     image_cache: int = 0
     bad_sample_limit: float = 0.01
@@ -105,6 +112,51 @@ class Recipe:
             )
         if self.quantization and "lora" not in self.train:
             raise ValueError("quantization: weights of 4 or 8 bits cannot learn: add lora to `train`")
+        for one in self.datasets:
+            _check_dataset(one)
+
+    @property
+    def datasets(self) -> list[dict[str, Any]]:
+        """`load_dataset`'s arguments for each dataset, with its weight, train_split and eval_split."""
+        defaults = {"name": self.dataset_config, "train_split": self.train_split, "eval_split": self.eval_split}
+        given = [{"path": self.dataset}] if isinstance(self.dataset, str) else self.dataset
+        if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
+            raise ValueError(f"dataset: {self.dataset}: expected a folder, a name or a list of mappings with a path")
+        return [{**defaults, "weight": 1, **one} for one in given]
+
+
+def _check_dataset(one: dict[str, Any]) -> None:
+    if not isinstance(one.get("path"), str):
+        raise ValueError(f"dataset: {one}: a mapping needs a path, such as path: biovgq")
+    if not isinstance(one["weight"], int | float) or not one["weight"] > 0:
+        raise ValueError(f"dataset {one['path']}: weight {one['weight']}, must be a number above 0")
+    own = {"split": "train_split and eval_split name splits", "streaming": "it holds for all, beside dataset"}
+    for name in own.keys() & one:
+        raise ValueError(f"dataset {one['path']}: {name} does not belong there: {own[name]}")
+
+
+def _check_sampling(recipe: Recipe, arguments: TrainingArguments) -> None:
+    """What a stream cannot do, and orders that exclude each other."""
+    strategy = arguments.train_sampling_strategy
+    if not recipe.streaming:
+        if recipe.shuffle_buffer:
+            raise ValueError("shuffle_buffer is a stream's; without streaming: true all rows are shuffled")
+        if strategy not in ("random", "group_by_length") and recipe.rows_per_image > 1:
+            raise ValueError(f"train_sampling_strategy {strategy}: rows_per_image has its own; take one out")
+        return
+    weights = [one["weight"] for one in recipe.datasets] + list(recipe.sources.values())
+    reasons = {
+        "max_steps is missing: nobody knows how many rows there are": arguments.max_steps <= 0,
+        "vocab_size trains a tokenizer on all texts: start from a model or components": recipe.vocab_size is not None,
+        "weights need all rows at hand: take them out": set(weights) != {1},
+        "rows_per_image needs all rows at hand: take it out (neighbours share an image anyway)": (
+            recipe.rows_per_image > 1
+        ),
+        f"train_sampling_strategy {strategy} needs all rows at hand: take it out": strategy != "random",
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"streaming: {reason}")
 
 
 def load_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, TrainingArguments, dict[str, Any]]:
@@ -134,6 +186,7 @@ def load_recipe(path: Path, overrides: list[str]) -> tuple[Recipe, TrainingArgum
         recipe, arguments = HfArgumentParser((Recipe, TrainingArguments)).parse_dict(fields_given)
     except TypeError as error:  # a required field is missing
         raise ValueError(f"{path}: {error}") from error
+    _check_sampling(recipe, arguments)
     return recipe, arguments, values
 
 
@@ -149,14 +202,21 @@ def _parse_overrides(words: list[str]) -> list[tuple[str, Any]]:
             if not rest:
                 raise ValueError(f"{word}: a value is missing")
             value = rest.pop(0)
-        pairs.append((name.removeprefix("--"), yaml.load(value, _Loader)))
+        try:
+            pairs.append((name.removeprefix("--"), yaml.load(value, _Loader)))
+        except yaml.YAMLError as error:
+            reason = getattr(error, "problem", None) or "not YAML"
+            raise ValueError(f"{name} {_TOKEN.sub('hf_...', value)}: the value is not YAML ({reason})") from None
     return pairs
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
     *parents, last = name.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        values[parent] = values.get(parent) or {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ValueError(f"--{name}: {parent} is {values!r}, which has no fields")
     values[last] = value
 
 

@@ -20,7 +20,7 @@ from .checkpoints import (
     publish,
     save_trained_parts,
 )
-from .data import ImageGroupedSampler, text_lengths
+from .data import EvenRows, GroupedSampler, text_lengths
 from .held_out import score_answers
 
 
@@ -95,19 +95,35 @@ class BioD2CTrainer(Trainer):
             super()._load_best_model()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.rows_per_image == 1:
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        if self.rows_per_image == 1 and not by_length:
             return super()._get_train_sampler(train_dataset)
         rows, seed = self.train_dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ImageGroupedSampler(rows["image_sha256"], text_lengths(rows), self.rows_per_image, seed)
+        if self.rows_per_image > 1:
+            return GroupedSampler(rows["image_sha256"], text_lengths(rows), self.rows_per_image, seed)
+        # as many batches sorted among each other as transformers takes. Its own sampler draws from torch's generator,
+        # and a run continued in a later epoch would see another order
+        sorted_rows = 50 * self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return GroupedSampler(range(len(rows)), text_lengths(rows), 1, seed, sorted_rows)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """In their order, whatever the order of the training rows."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if self.args.world_size > 1:
+            eval_dataset = EvenRows(self.eval_dataset, self.args.eval_batch_size * self.args.world_size)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        if self.state.global_step >= self.state.max_steps:  # a finished run, started again: Trainer would go a step on
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.stack([_rows_with_queue(batch) for batch in batches]).sum().to(device)
+        count = sum(map(_rows_with_queue, batches), torch.tensor(0)).to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count[None]).sum()
         for batch in batches:
             batch["num_semantic_items_in_batch"] = count.clamp(min=1)
-        return batches, num_items
+        return batches, None if num_items is None else num_items.clamp(min=1)  # 0 where no image could be read
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -124,13 +140,12 @@ class BioD2CTrainer(Trainer):
         """Sums, so that the held-out losses are means over all tokens and all rows, not over batches."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
+            outputs = model(**inputs, num_items_in_batch=1, num_semantic_items_in_batch=1)
         tokens = (inputs["labels"][:, 1:] != -100).sum()
-        self.eval_sums[:2] += torch.stack([outputs["nll_loss"] * tokens, tokens])
+        self.eval_sums[:2] += torch.stack([outputs["nll_loss"], tokens])
         if (semantic := outputs.get("semantic_loss")) is not None:
-            rows = _rows_with_queue(inputs)
-            self.eval_sums[2:] += torch.stack([semantic * rows, rows])
-        return outputs["loss"].detach(), None, None
+            self.eval_sums[2:] += torch.stack([semantic, _rows_with_queue(inputs)])
+        return None, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self.eval_sums = torch.zeros(4, device=self.args.device)

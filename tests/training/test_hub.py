@@ -175,7 +175,7 @@ def test_the_revision_of_a_data_set_on_the_hub(hub, dataset_folder, tmp_path):
     code = """
 import datasets
 from biod2c.training.hub import _revision
-print(_revision(datasets.load_dataset("org/data", split="train").select([0, 1])))
+print(_revision(datasets.load_dataset("org/data", split="train").select([0, 1]), "org/data"))
 """
     environment = {**os.environ, **hub.environment(tmp_path / "home")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)

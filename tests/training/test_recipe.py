@@ -31,6 +31,11 @@ def test_overrides_are_read_as_yaml_and_reach_into_nested_fields(make_recipe):
         ({"train": ["fusion", "lora"]}, "lora needs `model`, a saved checkpoint"),
         ({"quantization": {"load_in_4bit": True}}, "quantization: weights of 4 or 8 bits cannot learn"),
         ({"dataset": None}, "dataset"),
+        ({"dataset": [{"name": "default"}]}, "a mapping needs a path"),
+        ({"dataset": [{"path": "a", "weight": 0}]}, "dataset a: weight 0, must be a number above 0"),
+        ({"dataset": [{"path": "a", "split": "train"}]}, "dataset a: split does not belong there"),
+        ({"dataset": ["a", "b"]}, "expected a folder, a name or a list of mappings"),
+        ({"rows_per_image": 2, "train_sampling_strategy": "sequential"}, "rows_per_image has its own"),
     ],
 )
 def test_mistakes_are_named(make_recipe, changes, message):
@@ -38,7 +43,15 @@ def test_mistakes_are_named(make_recipe, changes, message):
         load_recipe(make_recipe(**changes), [])
 
 
-@pytest.mark.parametrize(("words", "message"), [(["fast"], "fast: expected --field"), (["--seed"], "--seed: a value")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fast"], "fast: expected --field"),
+        (["--seed"], "--seed: a value"),
+        (["--lora", "{r: "], r"^--lora \{r: : the value is not YAML \(.*\)$"),
+        (["--dataset.path", "a"], "--dataset.path: dataset is '.*', which has no fields"),
+    ],
+)
 def test_broken_overrides(make_recipe, words, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(make_recipe(), words)
