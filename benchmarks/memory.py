@@ -187,10 +187,9 @@ def activations(setting: Setting, tokens: int) -> int:
     model, recipe, arguments = build(setting)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        model.train()
         if arguments.activation_checkpointing:
             model.activation_checkpointing_enable()
-        peak = step_peak(model, arguments.per_device_train_batch_size, tokens, autocast=not setting.zero)
+        peak = step_peak(model.train(), arguments.per_device_train_batch_size, tokens, autocast=not setting.zero)
     # a layer of 4 bits is unpacked when it is used
     return peak + (2 * max(layer.weight.numel() for layer in quantized_layers(model)) if recipe.quantization else 0)
 
