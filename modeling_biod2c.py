@@ -674,6 +674,10 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for part in (self.vision_model, self.fusion, self.language_model):
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
+                for layer in part.modules():
+                    # a layer recomputes its activations only if it is told that it trains; what it holds is not told
+                    if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                        layer.training = mode
         return self
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:

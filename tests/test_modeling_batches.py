@@ -321,17 +321,23 @@ def test_accumulated_micro_batches_equal_the_whole(make_model, processor, images
         close(gradient, wanted[name], atol=2e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(make_model, labelled):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradient_checkpointing_changes_nothing(make_model, labelled, frozen):
+    """Also with a frozen language model (stage 1), through which the gradients of what feeds it pass."""
     found = []
     for checkpointing in (False, True):
         model = make_model()
+        model.language_model.requires_grad_(not frozen)
         if checkpointing:
             model.activation_checkpointing_enable()
         model.train()
         torch.manual_seed(5)  # dropout is on: the recomputation must draw the same masks
         runs = []
-        for layer in model.fusion.decoder.layers:
-            layer.linear1.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        in_layers = [layer.linear1 for layer in model.fusion.decoder.layers]
+        in_layers += [layer.self_attn for layer in model.language_model.model.layers]
+        assert model.language_model.model.layers[0].self_attn.training is not frozen
+        for module in in_layers:
+            module.register_forward_hook(lambda *_, runs=runs: runs.append(1))
         model(**labelled).loss.backward()
         found.append((gradients(model), len(runs)))
     assert found[1][1] == 2 * found[0][1]  # each layer ran twice, so that its activations need not be kept
