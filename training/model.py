@@ -102,7 +102,7 @@ def _texts(rows: Dataset) -> Iterable[str]:
     for column in ("question", "answer"):
         yield from rows[column]
     for queue in rows["queue"]:
-        yield from queue
+        yield from queue or []
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
