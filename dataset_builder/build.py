@@ -25,15 +25,17 @@ from .assemble import (
 )
 from .captions import caption_images
 from .card import dataset_card
+from .leakage import joined_groups, leakage_json, leakage_markdown, leaking_images, overlaps
 from .queue import fill_queues
-from .recipe import Recipe, RecipeError
+from .recipe import EIGHT_ONE_ONE, OFFICIAL, Recipe, RecipeError
 from .report import Report, SourceError
 from .schema import Row
 from .sources import READERS
 from .sources.slake import read_boxes
 
 SPLITS = ("train", "validation", "test")
-LIBRARIES = ("bm25s", "datasets", "ImageHash", "pillow", "pyarrow")
+BENCHMARKS = ("slake", "vqa_rad", "path_vqa")  # their test images are in no training split
+LIBRARIES = ("bm25s", "datasets", "faiss-cpu", "ImageHash", "pillow", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,18 @@ def _hash_files(digest: "hashlib._Hash", root: Path, paths: Sequence[Path]) -> N
 def make_configs(recipe: Recipe, report: Report) -> Configs:
     """The rows of every configuration: `default` and `pretrain` where the recipe wants them, then one a source."""
     rows = {name: list(READERS[name](source.data, report, source.languages)) for name, source in recipe.sources.items()}
-    pretrain = list(_captioned(recipe, rows, report))
     every_row = [row for source_rows in rows.values() for row in source_rows]
-    default = {name: default_splits(rows[name], choice) for name, choice in recipe.default.items()}
+    groups = joined_groups(every_row)
+    for row in every_row:
+        row["group"] = groups[row["group"]]
+    pretrain = by_split(list(_captioned(recipe, rows, report)))
+    parts = {name: default_splits(rows[name], choice) for name, choice in recipe.default.items()}
+    benchmarks = [row for row in every_row if row["source_split"] == "test" and row["source"] in BENCHMARKS]
+    mixtures = {"default": _joined(parts.values()), "pretrain": pretrain}
+    mixtures = {name: without_leaks(splits, benchmarks, report) for name, splits in mixtures.items() if splits}
     if recipe.queue is not None:
-        fill_queues(every_row, _training_ids(rows, default), recipe.queue)
-    configs = {"default": _joined(default.values())} if default else {}
-    if pretrain:
-        configs["pretrain"] = by_split(pretrain)
-    return configs | {name: by_split(source_rows) for name, source_rows in rows.items()}
+        fill_queues(every_row, _training_ids(rows, mixtures.get("default", {})), recipe.queue)
+    return mixtures | {name: by_split(source_rows) for name, source_rows in rows.items()}
 
 
 def _captioned(recipe: Recipe, rows: Mapping[str, Sequence[Row]], report: Report) -> Iterator[Row]:
@@ -111,21 +116,42 @@ def by_split(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def default_splits(rows: Sequence[Row], choice: str | float) -> dict[str, list[Row]]:
-    """A source's part of the mixture: its official splits, or its training rows with the share `choice` held out.
+    """A source's part of the mixture: its official splits, or its training rows divided by group.
 
-    What is held out is decided by the group's hash, so that all rows of an image go together and adding
-    images moves none. With a share, the official validation and test rows stay out of the mixture. A
-    training row without an answer teaches nothing and stays out too.
+    `choice` is "official", "8:1:1" (the paper's section 4.1) or the share that becomes validation. The group's hash
+    decides, so that all rows of an image go together and adding images moves none; official validation and test rows
+    then stay out of the mixture. A training row without an answer teaches nothing and stays out too.
     """
     parts = by_split(rows)
     training = [row for row in parts.get("train", []) if row["answer"]]
-    if isinstance(choice, str):
+    if choice == OFFICIAL:
         return parts | {"train": training}
-    held_out = {row["group"] for row in training if _hash_share(row["group"]) < choice}
-    return {
-        "train": [row for row in training if row["group"] not in held_out],
-        "validation": [row for row in training if row["group"] in held_out],
-    }
+    validation, test = (0.1, 0.1) if choice == EIGHT_ONE_ONE else (float(choice), 0.0)
+    divided: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for row in training:
+        share = _hash_share(row["group"])
+        split = "validation" if share < validation else "test" if share < validation + test else "train"
+        divided[split].append(row)
+    return {split: members for split, members in divided.items() if members}
+
+
+def without_leaks(splits: dict[str, list[Row]], benchmarks: Sequence[Row], report: Report) -> dict[str, list[Row]]:
+    """Drop training rows about an image that is held out or in a benchmark's test, exactly or nearly; then, of the
+    validation rows, those about a test image.
+
+    Raises SourceError if any is left.
+    """
+    kept = dict(splits)
+    held_out = [row for split in ("test", "validation") for row in splits.get(split, [])] + list(benchmarks)
+    for split, others in (("validation", [*splits.get("test", []), *benchmarks]), ("train", held_out)):
+        leaking = leaking_images(kept.get(split, []), others)
+        for row in kept.get(split, []):
+            if row["image_sha256"] in leaking:
+                report.drop(row, split, f"like the held-out image {leaking[row['image_sha256']]}")
+        kept[split] = [row for row in kept.get(split, []) if row["image_sha256"] not in leaking]
+        if left := leaking_images(kept[split], others):
+            raise SourceError(f"{split}: {len(left)} images are held out too, such as {min(left)}; this is a defect")
+    return {split: kept[split] for split in SPLITS if kept.get(split)}
 
 
 def _hash_share(group: str) -> float:
@@ -139,21 +165,25 @@ def _joined(parts: Iterable[dict[str, list[Row]]]) -> dict[str, list[Row]]:
     return {split: rows for split, rows in splits.items() if rows}
 
 
-def _training_ids(rows: Mapping[str, Sequence[Row]], default: Mapping[str, Mapping[str, Sequence[Row]]]) -> set[str]:
+def _training_ids(rows: Mapping[str, Sequence[Row]], default: Mapping[str, Sequence[Row]]) -> set[str]:
     """The ids that may be learned from: the mixture's training rows, and the official ones of sources outside it."""
-    parts = {name: default.get(name) or by_split(source_rows) for name, source_rows in rows.items()}
-    return {row["id"] for part in parts.values() for row in part.get("train", [])}
+    mixed = {row["source"] for members in default.values() for row in members}
+    outside = [row for name, members in rows.items() if name not in mixed for row in by_split(members).get("train", [])]
+    return {row["id"] for row in [*default.get("train", []), *outside]}
 
 
 def write_dataset(output: Path, configs: Configs, recipe: Recipe, report: Report, inputs: str) -> BuildResult:
     """Write data, card, bad_rows.jsonl and build.json, then delete an earlier build's data."""
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "build.json", "{}\n")  # until the end: ours, but not whole
-    report.write_bad_rows(output / "bad_rows.jsonl")
+    report.write_rows(output)
     if not any(rows for splits in configs.values() for rows in splits.values()):
         raise SourceError(f"{output}: no usable row in {', '.join(recipe.sources)} ({'; '.join(report.lines())})")
     content = content_fingerprint(configs)
     written = write_data(output, configs, content)
+    found = overlaps(configs, mixtures=configs.keys() - recipe.sources.keys())
+    write_atomically(output / "leakage.json", json.dumps(leakage_json(found), indent=1) + "\n")
+    write_atomically(output / "leakage.md", leakage_markdown(found))
     write_atomically(output / "README.md", dataset_card(written, recipe.sources, report, content))
     rows = {config: {s: files.num_examples for s, files in splits.items()} for config, splits in written.items()}
     record = {"inputs": inputs, "content": content, "rows": rows, "report": report.lines()}

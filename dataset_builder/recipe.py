@@ -9,6 +9,7 @@ captions: [slake]                      # sources whose boxes become captions: co
 # the mixture; a source that is not named stays out of it
   slake: official                      # its own splits
   vqa_rad: 0.2                         # this share of its training images, chosen by their hash, becomes validation
+  pmc_vqa: 8:1:1                       # train, validation and test, by paper and image
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import yaml
 from .queue import QueueOptions
 from .sources import READERS
 
+OFFICIAL, EIGHT_ONE_ONE = "official", "8:1:1"
 CAPTIONED = ("slake",)  # the sources whose raw files hold boxes
 
 
@@ -40,7 +42,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One build. `default` maps a source to "official" or to the held-out share of its training images."""
+    """One build. `default` maps a source to "official", "8:1:1" or the held-out share of its training images."""
 
     sources: dict[str, SourceOptions]
     captions: tuple[str, ...] = ()
@@ -117,6 +119,8 @@ def _default(path: Path, value: Any, sources: Mapping[str, SourceOptions]) -> di
     choices: dict[str, str | float] = _mapping(path, "default", value, set(sources))
     for name, share in choices.items():
         is_share = isinstance(share, float) and 0 < share < 1
-        if share != "official" and not is_share:
-            raise RecipeError(f"{path}: default.{name} is {share!r}, expected official or a share between 0 and 1")
+        if share not in (OFFICIAL, EIGHT_ONE_ONE) and not is_share:
+            raise RecipeError(
+                f"{path}: default.{name} is {share!r}, expected official, 8:1:1 or a share between 0 and 1"
+            )
     return choices

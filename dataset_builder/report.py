@@ -6,6 +6,7 @@ expected, and what to do; a mended quirk is counted under a sentence that a pers
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Report:
 
     quirks: Counter[str] = field(default_factory=Counter)
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def skip(self, source: str, file: Path, row: int | None, error: BadRowError) -> None:
@@ -45,13 +47,23 @@ class Report:
             }
         )
 
-    def write_bad_rows(self, path: Path) -> None:
-        """Write one JSON line a skipped row; an empty file says that none was skipped."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.bad_rows]
-        path.write_text("".join(lines), encoding="utf-8")
+    def drop(self, row: Mapping[str, Any], split: str, reason: str) -> None:
+        """Record a sound row that a split must not hold."""
+        record = {name: row[name] for name in ("id", "source", "source_split", "image_id")}
+        self.dropped.append({**record, "split": split, "reason": reason})
+
+    def write_rows(self, folder: Path) -> None:
+        """Write bad_rows.jsonl and dropped_rows.jsonl, a line a row; an empty file says that there was none."""
+        for name, rows in (("bad_rows.jsonl", self.bad_rows), ("dropped_rows.jsonl", self.dropped)):
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (folder / name).write_text("".join(lines), encoding="utf-8")
 
     def lines(self) -> list[str]:
         """The report for the terminal and the dataset card, most frequent quirk first."""
         counted = [f"{count} x {quirk}" for quirk, count in self.quirks.most_common()]
         bad = [f"{len(self.bad_rows)} rows skipped, listed in bad_rows.jsonl"] if self.bad_rows else []
-        return [*self.notes, *counted, *bad]
+        dropped = [
+            f"{count} {split} rows dropped, their images being held out elsewhere (dropped_rows.jsonl)"
+            for split, count in Counter(row["split"] for row in self.dropped).items()
+        ]
+        return [*self.notes, *counted, *bad, *dropped]
