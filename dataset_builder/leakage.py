@@ -27,7 +27,7 @@ def near_pairs(left: Sequence[str], right: Sequence[str], near: int = NEAR) -> l
     index = faiss.IndexBinaryFlat(_bits(right).shape[1] * 8)
     index.add(_bits(right))
     starts, _, found = index.range_search(_bits(left), near + 1)  # it takes what is nearer than that
-    owners = np.repeat(np.arange(len(left)), np.diff(starts.astype(np.int64)))
+    owners = np.repeat(np.arange(len(left)), (starts[1:] - starts[:-1]).astype(int))
     return sorted(zip(owners.tolist(), found.tolist(), strict=True))
 
 
@@ -44,7 +44,8 @@ def joined_groups(rows: Sequence[Row]) -> dict[str, str]:
     number = {group: position for position, group in enumerate(groups)}
     images = _images(rows)
     first = [number[row["group"]] for row in images.values()]
-    pairs = near_pairs(*[[row["image_phash"] for row in images.values()]] * 2)
+    hashes = [row["image_phash"] for row in images.values()]
+    pairs = near_pairs(hashes, hashes)
     edges = [(first[left], first[right]) for left, right in pairs]
     edges += [(number[images[row["image_sha256"]]["group"]], number[row["group"]]) for row in rows]
     left, right = np.array(edges).T if edges else np.zeros((2, 0), dtype=int)
@@ -65,9 +66,9 @@ def _images(rows: Iterable[Row]) -> dict[str, Row]:
 def leaking_images(training: Sequence[Row], held_out: Sequence[Row]) -> dict[str, str]:
     """sha256 of the training images that equal or nearly equal a held-out one, with that one's `image_id`."""
     own, others = _images(training), _images(held_out)
-    hashes = [[row["image_phash"] for row in images.values()] for images in (own, others)]
     names, targets = list(own), list(others.values())
-    near = {names[left]: targets[right]["image_id"] for left, right in near_pairs(*hashes)}
+    pairs = near_pairs([row["image_phash"] for row in own.values()], [row["image_phash"] for row in targets])
+    near = {names[left]: targets[right]["image_id"] for left, right in pairs}
     return near | {sha256: others[sha256]["image_id"] for sha256 in own if sha256 in others}
 
 
@@ -133,8 +134,8 @@ def leakage_markdown(found: Sequence[Overlap]) -> str:
         "# What the splits share",
         "",
         f"Images are near-duplicates if their perceptual hashes differ in at most {NEAR} of 256 bits. Single sources",
-        "keep their official splits, shared images included; from `default` and `pretrain`, training rows about an image",
-        "of another split or of a benchmark's test split have been dropped.",
+        "keep their official splits, shared images included; from `default` and `pretrain`, training rows about an",
+        "image of another split or of a benchmark's test split have been dropped.",
         "",
         "| first | second | same images | near-duplicates | rows of first | rows of second | same Q and A |",
         "|---|---|---|---|---|---|---|",
