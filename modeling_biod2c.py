@@ -618,7 +618,10 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
             _refuse_wrong_weights(folder, {"missing": info["missing_keys"]})
         for module in (*vision.modules(), *language_model.modules()):
             module._is_hf_initialized = True  # else a layer that was put in by hand would be drawn anew
+        attention = {part: part.config._attn_implementation for part in (vision, language_model)}
         full_config = BioD2CConfig(vision_config=vision.config, text_config=language_model.config, **config)
+        for part, kind in attention.items():  # which a configuration takes away from those it holds
+            part.config._attn_implementation = kind
         model = cls(full_config, vision_model=vision, language_model=language_model)
         model.generation_config.update(**language_model.generation_config.to_diff_dict())
         return model
