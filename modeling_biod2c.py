@@ -276,13 +276,14 @@ class CrossAttention(DecoderAttention):
         bias_q, _, bias_v = self.in_proj_bias.chunk(3)
         query = self.split_heads(F.linear(x, weight_q, bias_q))  # [B, heads, Q, d]
         head_dim = query.shape[-1]
-        absorbed = query @ weight_k.unflatten(0, (self.num_heads, head_dim))  # [B, heads, Q, D]
+        # einsum, for matmul would copy the weights for each row of the batch, and keep the copies until backward
+        absorbed = torch.einsum("bhqd,hdw->bhqw", query, weight_k.unflatten(0, (self.num_heads, head_dim)))
         keys = cells if cell_positions is None else cells + cell_positions
         scores = absorbed.flatten(1, 2) @ keys.transpose(1, 2) * head_dim**-0.5  # [B, heads·Q, M]
         weights = scores.softmax(-1)
         dropped = F.dropout(weights, self.dropout, self.training)
         context = (dropped @ cells).unflatten(1, (self.num_heads, -1))  # [B, heads, Q, D]
-        values = context @ weight_v.unflatten(0, (self.num_heads, head_dim)).transpose(1, 2)  # [B, heads, Q, d]
+        values = torch.einsum("bhqw,hdw->bhqd", context, weight_v.unflatten(0, (self.num_heads, head_dim)))
         weight_sums = dropped.sum(-1).unflatten(1, (self.num_heads, -1))[..., None]  # [B, heads, Q, 1]
         values = values + weight_sums * bias_v.unflatten(0, (self.num_heads, 1, head_dim))
         attended = self.out_proj(values.transpose(1, 2).flatten(2))
@@ -619,7 +620,10 @@ class BioD2CForConditionalGeneration(PreTrainedModel, GenerationMixin):
             _refuse_wrong_weights(folder, {"missing": info["missing_keys"]})
         for module in (*vision.modules(), *language_model.modules()):
             module._is_hf_initialized = True  # else a layer that was put in by hand would be drawn anew
+        attention = {part: part.config._attn_implementation for part in (vision, language_model)}
         full_config = BioD2CConfig(vision_config=vision.config, text_config=language_model.config, **config)
+        for part, kind in attention.items():  # which a configuration takes away from those it holds
+            part.config._attn_implementation = kind
         model = cls(full_config, vision_model=vision, language_model=language_model)
         model.generation_config.update(**language_model.generation_config.to_diff_dict())
         return model

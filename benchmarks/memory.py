@@ -17,8 +17,8 @@ import json
 import os
 import shlex
 import weakref
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -150,15 +150,15 @@ def make_batch(config: BioD2CConfig, rows: int, tokens: int) -> dict[str, Tensor
     return {**batch, "pixel_values": pixels, "logits_to_keep": answer_columns}
 
 
-def step(model: nn.Module, rows: int, tokens: int, autocast: bool) -> None:
-    """Forward and backward."""
+def step(model: nn.Module, rows: int, tokens: int) -> None:
+    """Forward and backward under autocast, as every recipe has it, with DeepSpeed and without."""
     batch = make_batch(model.config, rows, tokens)
-    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+    with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch, num_items_in_batch=1).loss
     loss.backward()
 
 
-def step_peak(model: nn.Module, rows: int, tokens: int, autocast: bool) -> int:
+def step_peak(model: nn.Module, rows: int, tokens: int) -> int:
     """Bytes that a forward and backward pass of a model of fake tensors needs at most, beside weights and gradients."""
     learn = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learn:
@@ -166,30 +166,29 @@ def step_peak(model: nn.Module, rows: int, tokens: int, autocast: bool) -> int:
     known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in learn)]
     # how many placeholders a row has cannot be asked of tensors without values
     with patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"), PeakMemory(known) as memory:
-        step(model, rows, tokens, autocast)
+        step(model, rows, tokens)
     return memory.peak
 
 
-def build(setting: Setting, **fields: Any) -> tuple[nn.Module, Recipe, TrainingArguments]:
-    """The model that the setting trains, as shapes; `fields` are `BioD2CConfig`'s, whose defaults are the full size."""
-    recipe, arguments, _ = load_recipe(RECIPES / setting.recipe, ["--use_cpu", "true", *setting.overrides])
+def build(recipe_file: str, overrides: tuple[str, ...], **fields: Any) -> tuple[nn.Module, Recipe, TrainingArguments]:
+    """The model that a recipe trains, as shapes; `fields` are `BioD2CConfig`'s, whose defaults are the full size."""
+    recipe, arguments, _ = load_recipe(RECIPES / recipe_file, ["--use_cpu", "true", *overrides])
     dtype = frozen_dtype(recipe, arguments)
     with torch.device("meta"):
         model = BioD2CForConditionalGeneration(BioD2CConfig(**{**fields, **recipe.config}))
         model.language_model.to(dtype)  # also where it will be of 4 bits, which are computed with in these
         model = select_parts(model, recipe, dtype)
-    if setting.zero:
-        model.to(torch.bfloat16)  # as DeepSpeed does: what is of 32 bits belongs to its optimizer
     return model, recipe, arguments
 
 
-def activations(setting: Setting, tokens: int) -> int:
-    model, recipe, arguments = build(setting)
+@cache
+def activations(recipe_file: str, overrides: tuple[str, ...], tokens: int) -> int:
+    model, recipe, arguments = build(recipe_file, overrides)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         if arguments.activation_checkpointing:
             model.activation_checkpointing_enable()
-        peak = step_peak(model.train(), arguments.per_device_train_batch_size, tokens, autocast=not setting.zero)
+        peak = step_peak(model.train(), arguments.per_device_train_batch_size, tokens)
     # a layer of 4 bits is unpacked when it is used
     return peak + (2 * max(layer.weight.numel() for layer in quantized_layers(model)) if recipe.quantization else 0)
 
@@ -205,28 +204,23 @@ def quantized_layers(model: nn.Module) -> list[nn.Linear]:
 
 def model_states(model: nn.Module, gpus: int, zero: dict[str, Any] | None, quantized: bool = False) -> Memory:
     """Weights, gradients and AdamW's states; `zero` is the `zero_optimization` of DeepSpeed's file."""
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    learn = number_that_learn(model)
+    learn = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    weights: float = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if quantized:
+        weights -= sum(layer.weight.numel() * (2 - NF4_BYTES) for layer in quantized_layers(model))
     if zero is None:
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        if quantized:
-            weights -= sum(layer.weight.numel() * (2 - NF4_BYTES) for layer in quantized_layers(model))
         copies = 2 if gpus > 1 else 1  # DDP sums gradients in buckets of its own
-        return Memory(weights, 4 * copies * learn, 8 * learn)
-    # as DeepSpeed counts: gradients in 16 and in 32 bits; weights in 32 bits and two moments
-    share = 0 if "offload_optimizer" in zero else learn / gpus
-    states = Memory(2 * everything, 6 * share, 12 * share)
+        return Memory(weights, 4 * copies * sum(learn), 8 * sum(learn))
+    # DeepSpeed's optimizer has a copy of the weights; ZeRO-2 accumulates gradients beside those of the last batch
+    share, copies = sum(learn) / gpus, 2 if zero["stage"] == 2 else 1
+    gradients, optimizer = 4 * copies * share, 12 * share
+    if "offload_optimizer" in zero:
+        gradients, optimizer = 4 * max(learn), 0  # the largest one, on its way
     if zero["stage"] == 3:
-        gathered = min(everything, zero.get("stage3_max_live_parameters", 1e9))
-        states.weights = 2 * everything / gpus + 2 * gathered
-    states.gradients += 2 * 2 * bucket_size(model, zero)  # one is summed while the next one fills
-    if "offload_optimizer" in zero:  # the largest one, on its way
-        states.gradients += 2 * max(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return states
-
-
-def number_that_learn(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        everything = sum(parameter.numel() for parameter in model.parameters())
+        gathered = min(1, zero.get("stage3_max_live_parameters", 1e9) / everything)
+        weights = weights / gpus + weights * gathered
+    return Memory(weights, gradients + 2 * 4 * bucket_size(model, zero), optimizer)  # one bucket is summed, one fills
 
 
 def bucket_size(model: nn.Module, zero: dict[str, Any]) -> int:
@@ -235,29 +229,30 @@ def bucket_size(model: nn.Module, zero: dict[str, Any]) -> int:
     return model.config.text_config.hidden_size**2 if size == "auto" else int(size)
 
 
-def host_memory(setting: Setting) -> float:
+def host_memory(model: nn.Module, one_process: Memory, setting: Setting) -> float:
     """Each process builds its model in the host's memory, before DeepSpeed's optimizer may be put there."""
     # takes seconds, and not all tests need it
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    model, recipe, _ = build(replace(setting, zero=None))
     processes = min(setting.gpus, NODE)
-    building = processes * model_states(model, 1, None, bool(recipe.quantization)).weights
-    if "offload_optimizer" not in (setting.zero_optimization or {}):
-        return building
-    return max(building, estimate_zero2_model_states_mem_needs(number_that_learn(model), processes)[0])
+    learn = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    offloaded = "offload_optimizer" in (setting.zero_optimization or {})
+    optimizer = estimate_zero2_model_states_mem_needs(learn, processes)[0] if offloaded else 0
+    return max(processes * one_process.weights, optimizer)
 
 
 def compute(setting: Setting, tokens: int) -> Memory:
-    model, recipe, _ = build(setting)
-    memory = model_states(model, setting.gpus, setting.zero_optimization, bool(recipe.quantization))
-    memory.activations, memory.host = activations(setting, tokens), host_memory(setting)
+    model, recipe, _ = build(setting.recipe, setting.overrides)
+    quantized = bool(recipe.quantization)
+    memory = model_states(model, setting.gpus, setting.zero_optimization, quantized)
+    memory.activations = activations(setting.recipe, setting.overrides, tokens)
+    memory.host = host_memory(model, model_states(model, 1, None, quantized), setting)
     return memory
 
 
 def row(setting: Setting, tokens: int) -> str:
     memory = compute(setting, tokens)
-    _, _, arguments = build(setting)
+    _, _, arguments = build(setting.recipe, setting.overrides)
     cells = [
         setting.name,
         f"{setting.gpus} × {setting.gigabytes} GB",

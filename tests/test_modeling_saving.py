@@ -306,6 +306,16 @@ def test_from_components_takes_the_generation_settings(make_config, parts):
     assert (settings.eos_token_id, settings.pad_token_id, settings.max_new_tokens) == ([2, 7], 0, 11)
 
 
+def test_from_components_keeps_the_attention_of_its_parts(make_config, parts):
+    """Without one, transformers computes attention the slow way, and says nothing."""
+    language_model = LlamaForCausalLM(make_config().text_config)
+    before = language_model.config._attn_implementation
+    model = BioD2CForConditionalGeneration.from_components(
+        BioD2CVisionModel(make_config().vision_config), language_model, **parts
+    )
+    assert model.language_model.config._attn_implementation == before == "sdpa"
+
+
 @pytest.mark.parametrize("part", ["vision", "language"])
 def test_from_components_refuses_a_folder_with_missing_weights(make_config, parts, tmp_path, part):
     BioD2CVisionModel(make_config().vision_config).save_pretrained(tmp_path / "vision")
