@@ -2,8 +2,10 @@
 
     python -m biod2c.dataset_builder ingest --source slake --data RAW --output OUT
     python -m biod2c.dataset_builder all RECIPE.yaml [--output OUT]
+    python -m biod2c.dataset_builder push FOLDER ORG/NAME [--private]
 
-`ingest` turns one raw source into a dataset with its official splits; `all` runs every step of a recipe.
+`ingest` turns one raw source into a dataset with its official splits; `all` runs every step of a recipe; `push` puts
+what they built on the Hub.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from ..cli import ArgumentParser
 from .build import BuildResult, build
+from .push import push_dataset
 from .recipe import Recipe, RecipeError, SourceOptions, read_recipe
 from .sources import READERS
 
@@ -29,11 +32,22 @@ def parser() -> argparse.ArgumentParser:
     every = verbs.add_parser("all", help="every step of a recipe")
     every.add_argument("recipe", type=Path, help="a YAML file such as recipes/demo/dataset.yaml")
     every.add_argument("--output", type=Path, help="the folder to write (default: the recipe's `output`)")
+    push = verbs.add_parser("push", help="a built dataset to the Hugging Face Hub")
+    push.add_argument("folder", type=Path, help="what `ingest` or `all` wrote")
+    push.add_argument("name", help="the dataset repo, ORG/NAME; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make the repo private")
     return commands
 
 
-def run(arguments: argparse.Namespace) -> BuildResult:
-    """Carry out one command."""
+def run(arguments: argparse.Namespace) -> str:
+    """Carry out one command and return what to tell the user."""
+    if arguments.verb == "push":
+        return f"pushed {push_dataset(arguments.folder, arguments.name, arguments.private)}"
+    return summary(run_build(arguments))
+
+
+def run_build(arguments: argparse.Namespace) -> BuildResult:
+    """`ingest` or `all`."""
     if arguments.verb == "ingest":
         source = SourceOptions(arguments.data, tuple(arguments.languages))
         return build(Recipe(sources={arguments.source: source}), arguments.output)
@@ -54,12 +68,12 @@ def summary(result: BuildResult) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and print what it built.
+    """Run one command and print what it did.
 
     Raises:
         ValueError, OSError: what is wrong with the command, recipe or source; `biod2c.cli` prints it as one line.
     """
-    print(summary(run(parser().parse_args(argv))))
+    print(run(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from .assemble import (
 )
 from .captions import caption_images
 from .card import dataset_card
+from .dialogues import join_dialogues
 from .leakage import joined_groups, leakage_json, leakage_markdown, leaking_images, overlaps
 from .queue import fill_queues
 from .recipe import EIGHT_ONE_ONE, OFFICIAL, Recipe, RecipeError
@@ -67,7 +68,7 @@ def build(recipe: Recipe, output: Path) -> BuildResult:
 
 def inputs_digest(recipe: Recipe) -> str:
     """sha256 of all that the output depends on."""
-    digest = hashlib.sha256(repr((recipe.captions, recipe.queue, dict(recipe.default))).encode())
+    digest = hashlib.sha256(repr((recipe.captions, recipe.queue, dict(recipe.default), recipe.dialogues)).encode())
     digest.update(repr([(name, importlib.metadata.version(name)) for name in LIBRARIES]).encode())
     code = Path(__file__).parent
     _hash_files(digest, code, sorted(code.rglob("*.py")))
@@ -99,6 +100,8 @@ def make_configs(recipe: Recipe, report: Report) -> Configs:
     mixtures = {name: without_leaks(splits, benchmarks, report) for name, splits in mixtures.items() if splits}
     if recipe.queue is not None:
         fill_queues(every_row, _training_ids(rows, mixtures.get("default", {})), recipe.queue)
+    if "default" in mixtures and recipe.dialogues:
+        mixtures["default"]["train"] = join_dialogues(mixtures["default"].get("train", []), recipe.dialogues)
     return mixtures | {name: by_split(source_rows) for name, source_rows in rows.items()}
 
 

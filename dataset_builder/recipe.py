@@ -1,15 +1,17 @@
-"""A build as data: which sources, from where, and what goes into the mixture. Paths are relative to the recipe's own
-file.
+"""A build as data: which sources, from where, and what goes into the mixture, in one YAML file. Paths are relative to
+it.
 
-output: ../../out/demo/biovgq sources:
-  slake: {data: ../../examples/slake, languages: [en]}
-  vqa_rad: {data: ../../examples/vqa_rad}
-captions: [slake]                      # sources whose boxes become captions: column `caption`, configuration
-`pretrain` queue: {size: 30, from_caption: 15}    # without this block no queue is made default:
-# the mixture; a source that is not named stays out of it
-  slake: official                      # its own splits
-  vqa_rad: 0.2                         # this share of its training images, chosen by their hash, becomes validation
-  pmc_vqa: 8:1:1                       # train, validation and test, by paper and image
+    output: ../../out/demo/biovgq
+    sources:
+      slake: {data: ../../examples/slake, languages: [en]}
+      vqa_rad: {data: ../../examples/vqa_rad}
+    captions: [slake]              # sources whose boxes become captions: column `caption`, configuration `pretrain`
+    queue: {size: 30, from_caption: 15}    # without this block no queue is made
+    default:                       # the mixture; a source that is not named stays out of it
+      slake: official              # its own splits
+      vqa_rad: 0.2                 # this share of its training images becomes validation
+      pmc_vqa: 8:1:1               # train, validation and test, by paper and image
+    dialogues: 0.1                 # this share of the training rows gets earlier questions on its image as turns
 """
 
 import dataclasses
@@ -48,6 +50,7 @@ class Recipe:
     captions: tuple[str, ...] = ()
     queue: QueueOptions | None = None
     default: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
+    dialogues: float = 0.0  # the share of the mixture's training rows that get earlier questions as turns
     output: Path | None = None
 
 
@@ -59,7 +62,7 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    fields = _mapping(path, "recipe", content, {"sources", "captions", "queue", "default", "output"})
+    fields = _mapping(path, "recipe", content, {"sources", "captions", "queue", "default", "dialogues", "output"})
     sources = _sources(path, fields.get("sources"))
     output = fields.get("output")
     return Recipe(
@@ -67,6 +70,7 @@ def read_recipe(path: Path) -> Recipe:
         captions=_captions(path, fields.get("captions") or [], sources),
         queue=_queue(path, fields["queue"]) if "queue" in fields else None,
         default=_default(path, fields.get("default") or {}, sources),
+        dialogues=_share(path, "dialogues", fields.get("dialogues", 0.0)),
         output=_beside(path, output) if output else None,
     )
 
@@ -96,6 +100,12 @@ def _sources(path: Path, value: Any) -> dict[str, SourceOptions]:
             raise RecipeError(f"{path}: sources.{name}.languages is {languages!r}, expected a list such as [en]")
         sources[name] = SourceOptions(_beside(path, fields["data"]), tuple(languages))
     return sources
+
+
+def _share(path: Path, field: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise RecipeError(f"{path}: {field} is {value!r}, expected a share from 0 to 1")
+    return float(value)
 
 
 def _captions(path: Path, value: Any, sources: Mapping[str, SourceOptions]) -> tuple[str, ...]:

@@ -5,8 +5,10 @@ read it once. Each pytest process has its own HF_HOME: parallel processes would 
 checkpoint's remote code.
 """
 
+import importlib.util
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +150,26 @@ def make_image():
         return Image.fromarray(pixels).convert(mode)
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stub of the Hugging Face Hub, for this process too, with a canary as token; nobody waits between tries."""
+    import huggingface_hub
+
+    # tests/ is no package: its files cannot import each other by name
+    spec = importlib.util.spec_from_file_location("hub_stub", Path(__file__).with_name("hub_stub.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.HubStub("hf_CanaryCanaryCanaryCanary0123456789") as stub:
+        for name, value in stub.environment(Path(os.environ["HF_HOME"])).items():
+            monkeypatch.setenv(name, value)
+        constants = huggingface_hub.constants  # read from the environment at import
+        monkeypatch.setattr(constants, "ENDPOINT", stub.endpoint)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", stub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        huggingface_hub.close_session()
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        yield stub
+    huggingface_hub.close_session()

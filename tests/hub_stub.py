@@ -85,9 +85,9 @@ class HubStub:
     def requests(self, part: str) -> int:
         return sum(part in path for _, path in self.log)
 
-    def files(self, repo: str) -> dict[str, bytes]:
-        """What the main branch of a model repo holds."""
-        found = self.repos[f"models/{repo}"]
+    def files(self, repo: str, kind: str = "models") -> dict[str, bytes]:
+        """What the main branch of a repo holds."""
+        found = self.repos[f"{kind}/{repo}"]
         return {path: self.content(file) for path, file in found.commits[found.head].items()}
 
     def content(self, file: dict) -> bytes:

@@ -10,12 +10,11 @@ import hashlib
 import json
 import re
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from datasets import Dataset, IterableDataset
@@ -27,11 +26,12 @@ from huggingface_hub import (
     ModelCardData,
     get_token,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerState, TrainingArguments
 
 from .. import __version__
+from ..hub_retries import reason, with_retries
 from .recipe import Recipe
 
 PUSHED = (
@@ -43,30 +43,7 @@ PUSHED = (
 RECORD = "hub.json"  # beside a run that was pushed: where to, and which commit
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "huggingface_hub", "safetensors")
 
-# huggingface_hub retries uploads of files itself, but not the making of a repo, the check of a card and the commit
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
-TRANSIENT = {408, 429, 500, 502, 503, 504}
-
 _COMMIT = re.compile("[0-9a-f]{40}")
-
-T = TypeVar("T")
-
-
-def with_retries(call: Callable[[], T]) -> T:
-    """`call()`, again after each of WAITS (longer where the Hub asks for it) while it fails for a reason that
-    passes."""
-    for wait in WAITS:
-        try:
-            return call()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in TRANSIENT:
-                raise
-            asked = error.response.headers.get("Retry-After", "")
-            time.sleep(max(wait, float(asked) if asked.isdigit() else 0))
-        except (HTTPError, json.JSONDecodeError):  # no connection; or, checking a card, a proxy's error page
-            time.sleep(wait)
-    return call()
-
 
 # --------------------------------------------------------------------------------------------------------------- push
 
@@ -90,7 +67,7 @@ def open_repository(recipe: Recipe, arguments: TrainingArguments) -> str:
     try:
         made = with_retries(lambda: HfApi().create_repo(name, private=arguments.hub_private_repo, exist_ok=True))
     except (HTTPError, OSError, ValueError) as error:
-        raise ValueError(f"the Hub repo {name} cannot be made, nothing was trained: {_reason(error)}") from error
+        raise ValueError(f"the Hub repo {name} cannot be made, nothing was trained: {reason(error)}") from error
     return made.repo_id
 
 
@@ -107,7 +84,7 @@ def push_run(output: Path, repo: str) -> str:
         )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: of a file's upload
         raise ValueError(
-            f"push to {repo} failed: {_reason(error)}. The run is whole in {output}; push it with "
+            f"push to {repo} failed: {reason(error)}. The run is whole in {output}; push it with "
             f"`python -m biod2c.training.hub {output} {repo}`"
         ) from error
     (output / RECORD).write_text(json.dumps({"repo": repo, "commit": commit.oid}) + "\n")
@@ -140,16 +117,6 @@ def _with_base_on_hub(path: Path) -> bytes:
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = hub_name(config["base_model_name_or_path"]) or config["base_model_name_or_path"]
     return json.dumps(config, indent=2).encode()
-
-
-def _reason(error: BaseException) -> str:
-    """One line: the Hub's own words, with the status."""
-    if isinstance(error, RuntimeError) and error.__cause__:
-        return f"{error} {_reason(error.__cause__)}"
-    if isinstance(error, HfHubHTTPError):
-        words = (error.server_message or error.response.reason_phrase).splitlines()
-        return f"{error.response.status_code}, {words[0] if words else 'without a word'}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------------- card

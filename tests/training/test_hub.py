@@ -1,6 +1,5 @@
 """Pushing a run: what arrives on a stub of the Hub, what never does, what its card says, and what failures cost."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -9,7 +8,6 @@ import sys
 from pathlib import Path
 
 import httpx2
-import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -20,11 +18,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from biod2c.dataset_builder.schema import FEATURES
+from biod2c.hub_retries import with_retries
 from biod2c.train_hf import main, train
-from biod2c.training.hub import open_repository, push_run, pushed_files, rows_fingerprint, with_retries
+from biod2c.training.hub import open_repository, push_run, pushed_files, rows_fingerprint
 from biod2c.training.recipe import load_recipe
 
-CANARY = "hf_CanaryCanaryCanaryCanary0123456789"
+CANARY = "hf_CanaryCanaryCanaryCanary0123456789"  # the stub's token
 
 # In another process, by the Hub's names alone: the logits of each are those of its folder
 CHILD = """
@@ -39,32 +38,6 @@ for name, wanted in zip(sys.argv[2::2], sys.argv[3::2]):
     answer = model.generate(**inputs, max_new_tokens=3)
     print(name, same, answer.shape[1] > inputs["input_ids"].shape[1], "biod2c" in sys.modules)
 """
-
-
-def _load_stub():
-    """tests/ is no package: its files cannot import each other by name."""
-    path = Path(__file__).parents[1] / "hub_stub.py"
-    spec = importlib.util.spec_from_file_location("hub_stub", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """The stub, for this process too, with a canary as token; nobody waits between tries."""
-    with _load_stub().HubStub(CANARY) as stub:
-        for name, value in stub.environment(Path(os.environ["HF_HOME"])).items():
-            monkeypatch.setenv(name, value)
-        constants = huggingface_hub.constants  # read from the environment at import
-        monkeypatch.setattr(constants, "ENDPOINT", stub.endpoint)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", stub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        huggingface_hub.close_session()
-        monkeypatch.setattr("time.sleep", lambda seconds: None)
-        yield stub
-    huggingface_hub.close_session()
 
 
 PUSH = ["--push_to_hub", "true", "--hub_model_id", "org/tiny"]
