@@ -33,10 +33,11 @@ from .report import Report, SourceError
 from .schema import Row
 from .sources import READERS
 from .sources.slake import read_boxes
+from .statistics import write_statistics
 
 SPLITS = ("train", "validation", "test")
 BENCHMARKS = ("slake", "vqa_rad", "path_vqa")  # their test images are in no training split
-LIBRARIES = ("bm25s", "datasets", "faiss-cpu", "ImageHash", "pillow", "pyarrow")
+LIBRARIES = ("bm25s", "datasets", "faiss-cpu", "ImageHash", "matplotlib", "pillow", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def write_dataset(output: Path, configs: Configs, recipe: Recipe, report: Report
     found = overlaps(configs, mixtures=configs.keys() - recipe.sources.keys())
     write_atomically(output / "leakage.json", json.dumps(leakage_json(found), indent=1) + "\n")
     write_atomically(output / "leakage.md", leakage_markdown(found))
+    write_statistics(output, configs)
     write_atomically(output / "README.md", dataset_card(written, recipe.sources, report, content))
     rows = {config: {s: files.num_examples for s, files in splits.items()} for config, splits in written.items()}
     record = {"inputs": inputs, "content": content, "rows": rows, "report": report.lines()}

@@ -56,6 +56,10 @@ image, of the training split only and never its own answer; `group` must stay on
 bytes of the sources' files. Captions speak of the viewer's left and right, not the patient's, and say nothing about
 what is not marked in the source. For research; not for diagnosis.
 
+[statistics.md](statistics.md) says what it holds, [leakage.md](leakage.md) what its splits share.
+
+![samples](figures/samples.jpg)
+
 ## Sources
 | source | licence | citation |
 |---|---|---|
