@@ -34,7 +34,7 @@ def push_dataset(folder: Path, name: str, private: bool = False) -> str:
         files = {str(path.relative_to(folder)): path for glob in PUSHED for path in sorted(folder.glob(glob))}
         there = with_retries(lambda: api.list_repo_files(repo, repo_type="dataset"))
         stale = [path for path in there if path.startswith("data/") and path not in files]
-        changes = [
+        changes: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationDelete(path) for path in stale),
             *(CommitOperationAdd(path, local) for path, local in files.items()),
         ]

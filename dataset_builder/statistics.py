@@ -87,7 +87,7 @@ def _draw_lengths(rows: Sequence[Row], path: Path) -> None:
     axes: Iterable[Axes] = figure.subplots(1, 3)
     for axis, column in zip(axes, ("question", "answer", "caption"), strict=True):
         lengths = [len(row[column].split()) for row in rows if row[column]]
-        axis.hist(lengths, bins=range(max(lengths, default=1) + 2), log=True)
+        axis.hist(lengths, bins=range(max(lengths, default=1) + 2), log=bool(lengths))
         axis.set(title=column, xlabel="words", ylabel="rows")
     figure.savefig(path, dpi=90)
 
