@@ -14,7 +14,7 @@ from biod2c.dataset_builder.schema import FEATURES
 
 pytestmark = pytest.mark.slow
 SAVE_GRADIENTS = Path(__file__).parent / "save_gradients.py"
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def run(folder: Path, recipe: Path, *overrides: str, processes: int = 1) -> list[dict]:
