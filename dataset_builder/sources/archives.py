@@ -64,7 +64,7 @@ class ZipImages(Images):
             self._zip = zipfile.ZipFile(archive)
         except UNREADABLE as error:
             raise SourceError(f"{archive}: not a whole zip archive ({reason(error)}); fetch the file again") from error
-        folders = {name.rpartition("/")[0] for name in self._zip.NameToInfo}
+        folders = {name[: name.rfind("/") + 1] for name in self._zip.NameToInfo}
         self._folders = sorted(folders, key=lambda folder: (not is_inside(folder), folder))
 
     def find(self, name: str) -> bytes:
@@ -78,7 +78,7 @@ class ZipImages(Images):
 
     def _member(self, name: str) -> zipfile.ZipInfo:
         for folder in self._folders:
-            member = self._zip.NameToInfo.get(f"{folder}/{name}" if folder else name)
+            member = self._zip.NameToInfo.get(folder + name)
             if member is not None:
                 return member
         raise MemberError("none by that name")

@@ -31,20 +31,27 @@ PMC_OA_FILES = ("pmc_oa_beta.jsonl", "pmc_oa.jsonl")  # the first keeps whole ca
 
 @dataclass(frozen=True)
 class Version:
-    """One of the two releases: its tables with the split each holds, and where its images lie."""
+    """One of the two releases: its tables with the split each holds, where its images lie, whether it has captions."""
 
     tables: dict[str, str]
     folders: tuple[str, ...]
     archive: str
+    has_captions: bool
 
 
 VERSIONS = (
     # The checked rows come first: test.csv, which holds them too, then gives only the others.
     Version(
-        {"train.csv": "train", "test_clean.csv": "test", "test.csv": "test"}, ("images/images", "images"), "images.zip"
+        {"train.csv": "train", "test_clean.csv": "test", "test.csv": "test"},
+        ("images/images", "images"),
+        "images.zip",
+        False,
     ),
     Version(
-        {"train_2.csv": "train", "test_2.csv": "test"}, ("images_2/figures", "images_2", "figures"), "images_2.zip"
+        {"train_2.csv": "train", "test_2.csv": "test"},
+        ("images_2/figures", "images_2", "figures"),
+        "images_2.zip",
+        True,
     ),
 )
 
@@ -69,7 +76,7 @@ def _read_version(root: Path, version: Version, report: Report) -> Iterator[Row]
         return
     report.notes.extend(f"pmc_vqa: no {name}" for name in version.tables if name not in tables)
     images = open_images(root, version.folders, version.archive, "Figure_path")
-    captions = None if version is VERSIONS[1] else captions_of_pmc_oa(root, report)
+    captions = None if version.has_captions else captions_of_pmc_oa(root, report)
     checked: set[tuple[str, str]] = set()
     seen_ids: set[str] = set()
     for name, split in tables.items():

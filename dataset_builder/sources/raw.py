@@ -16,7 +16,7 @@ from ..schema import Row
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ANSWER_TYPES = {"OPEN": "open", "CLOSED": "closed"}
 
-RECENT_BYTES = 64 * 2**20  # images that stay in memory because the next rows may ask about them too
+RECENT_BYTES = 16 * 2**20  # images that stay in memory because the next rows may ask about them too
 
 RowMaker = Callable[[Mapping[str, Any]], Row | None]
 NumberedRowMaker = Callable[[int, Mapping[str, Any]], Row | None]

@@ -81,7 +81,7 @@ def test_bytes_that_are_not_utf8_are_refused_where_they_matter(tmp_path, reader)
     word = b"caf\xe9"
     content = b"word\n" + word + b"\n" if reader is read_csv else b'{"word": "' + word + b'"}'
     [(_, row)], _ = read(reader, tmp_path / "a", content, *(["word"] if reader is read_csv else []))
-    with pytest.raises(ValueError, match="word: .*expected a text in UTF-8"):
+    with pytest.raises(ValueError, match=r"word: .*expected a text in UTF-8"):
         text(row, "word", Report())
 
 
