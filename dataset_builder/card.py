@@ -20,10 +20,30 @@ from .schema import FEATURES
 CONFIGURATIONS = {
     "default": "the mixture to train on",
     "pretrain": "stage 1: an instruction and a caption or a part of it, made from an image's labels and boxes",
+    "llava_med": "LLaVA-Med's alignment set: figures and their captions",
+    "pmc_oa": "PMC-OA: sub-figures and their captions",
+    "pmc_vqa": "PMC-VQA with its own splits",
     "slake": "SLAKE with its own splits",
     "vqa_rad": "VQA-RAD with its own splits",
 }
 SOURCES = {
+    "llava_med": (
+        "LLaVA-Med",
+        "CC BY-NC 4.0",
+        "Li et al., *LLaVA-Med: Training a Large Language-and-Vision Assistant for Biomedicine in One Day*, NeurIPS "
+        "2023. The figures keep the terms of their articles.",
+    ),
+    "pmc_oa": (
+        "PMC-OA",
+        "per article",
+        "Lin et al., *PMC-CLIP: Contrastive Language-Image Pre-training using Biomedical Documents*, MICCAI 2023.",
+    ),
+    "pmc_vqa": (
+        "PMC-VQA",
+        "CC BY-SA 4.0",
+        "Zhang et al., *PMC-VQA: Visual Instruction Tuning for Medical Visual Question Answering*, arXiv:2305.10415, "
+        "2023. The figures keep the terms of their articles.",
+    ),
     "slake": (
         "SLAKE",
         "CC BY 4.0",

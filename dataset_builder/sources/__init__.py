@@ -10,10 +10,16 @@ from pathlib import Path
 
 from ..report import Report
 from ..schema import Row
+from .llava_med import read_llava_med
+from .pmc_oa import read_pmc_oa
+from .pmc_vqa import read_pmc_vqa
 from .slake import read_slake
 from .vqa_rad import read_vqa_rad
 
 READERS: dict[str, Callable[[Path, Report, Sequence[str]], Iterator[Row]]] = {
+    "llava_med": read_llava_med,
+    "pmc_oa": read_pmc_oa,
+    "pmc_vqa": read_pmc_vqa,
     "slake": read_slake,
     "vqa_rad": read_vqa_rad,
 }

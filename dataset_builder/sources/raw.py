@@ -1,10 +1,11 @@
-"""What the readers share: JSON lists, text fields and image folders, with one clear error for each thing that can be
-wrong.
+"""What the readers share: records to rows, text fields and image folders, with one clear error for each thing that can
+be wrong. Tables and lists too large for memory are read by records.py, images in archives by archives.py.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from ..schema import Row
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ANSWER_TYPES = {"OPEN": "open", "CLOSED": "closed"}
 
+RECENT_BYTES = 16 * 2**20  # images that stay in memory because the next rows may ask about them too
+
 RowMaker = Callable[[Mapping[str, Any]], Row | None]
+NumberedRowMaker = Callable[[int, Mapping[str, Any]], Row | None]
 
 
 def read_json_list(path: Path, report: Report) -> list[Any]:
@@ -33,25 +37,48 @@ def read_json_list(path: Path, report: Report) -> list[Any]:
 
 
 def make_rows(source: str, path: Path, report: Report, make_row: RowMaker, seen_ids: set[str]) -> Iterator[Row]:
-    """Apply `make_row` to each record of a JSON list; what it refuses goes into the report, what it returns None for
-    is left out.
+    """The rows of a file that holds one JSON list; see `rows_of`."""
+    records = enumerate(read_json_list(path, report))
+    yield from rows_of(source, path, records, report, lambda _, record: make_row(record), seen_ids, id_field="qid")
 
-    `seen_ids` holds the ids of the source's earlier rows, so that no id comes twice, across files as well.
+
+def rows_of(
+    source: str,
+    path: Path,
+    records: Iterable[tuple[int, Any]],
+    report: Report,
+    make_row: NumberedRowMaker,
+    seen_ids: set[str],
+    *,
+    id_field: str,
+) -> Iterator[Row]:
+    """Apply `make_row` to each numbered record of `path`; what it refuses goes into the report, what it returns None
+    for is left out.
+
+    `seen_ids` holds the ids of the source's earlier rows, so that no id comes twice, across files as well; a row whose
+    id does is reported under `id_field`.
     """
-    for number, record in enumerate(read_json_list(path, report)):
+    for number, record in records:
         try:
             if not isinstance(record, dict):
                 raise BadRowError("row", record, "an object with named fields", "mend the row in the file")
-            row = make_row(record)
+            row = make_row(number, record)
             if row is None:
                 continue
             if row["id"] in seen_ids:
-                raise BadRowError("qid", record["qid"], "an id that no earlier row has", "give the row its own id")
+                found = record.get(id_field)
+                raise BadRowError(id_field, found, "an id that no earlier row has", "give the row its own id")
         except BadRowError as error:
             report.skip(source, path, number, error)
             continue
         seen_ids.add(row["id"])
         yield row
+
+
+def require_english(source: str, languages: Sequence[str]) -> None:
+    """SourceError if a source that is all English is read without it."""
+    if "en" not in languages:
+        raise SourceError(f"{source}: languages {list(languages)} asked for, but {source} has English rows only")
 
 
 def text(record: Mapping[str, Any], field: str, report: Report) -> str:
@@ -64,10 +91,19 @@ def text(record: Mapping[str, Any], field: str, report: Report) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise BadRowError(field, value, "a text that is not empty", "mend the row in the file")
+    if not_unicode(value) or "\0" in value:
+        raise BadRowError(field, value, "a text in UTF-8 without zero bytes", "mend the row in the file")
     mended = mend_blanks(value)
     if mended != value:
         report.quirks[f"{field}: blanks or tabs mended"] += 1
     return mended
+
+
+def not_unicode(value: str) -> bool:
+    """Whether a text holds half a character pair: bytes that were not UTF-8 (read with "surrogateescape"), or a JSON
+    escape cut in two. Arrow can write neither.
+    """
+    return not value.isascii() and re.search("[\ud800-\udfff]", value) is not None
 
 
 def answer(record: Mapping[str, Any], report: Report) -> str:
@@ -107,39 +143,90 @@ def answer_type(record: Mapping[str, Any], report: Report) -> str:
     return ANSWER_TYPES[label]
 
 
-class ImageFolder:
-    """Images of a source by their names in its rows; each is read and verified once, however many rows ask about it."""
+class Images:
+    """Images of a source by their names in its rows, each read and verified once while its rows follow each other.
 
-    def __init__(self, root: Path, field: str) -> None:
-        """`field` is the rows' field that names the image, for the errors. SourceError if the folder is not there."""
-        if not root.is_dir():
-            raise SourceError(f"{root}: no such folder; expected the source's images in it")
-        self.root, self.field = root, field
-        self._images: dict[str, ImageFile | BadRowError] = {}
+    The last RECENT_BYTES of images, and what was wrong with the last broken ones, stay in memory; no more, however many
+    images pass.
+    """
+
+    def __init__(self, field: str) -> None:
+        """`field` is the rows' field that names the image, for the errors."""
+        self.field = field
+        self._recent: OrderedDict[str, ImageFile | BadRowError] = OrderedDict()
+        self._recent_bytes = 0
 
     def read(self, name: str) -> ImageFile:
-        """The image; BadRowError if it is missing, outside the folder or does not decode."""
-        if name not in self._images:
-            self._images[name] = self._load(name)
-        image = self._images[name]
+        """The image; BadRowError if it is missing, outside its place or does not decode."""
+        if name in self._recent:
+            self._recent.move_to_end(name)
+        else:
+            self._remember(name, self._load(name))
+        image = self._recent[name]
         if isinstance(image, BadRowError):
-            raise image
+            raise image.with_traceback(None)  # else each time raised adds its frames, and what they hold
         return image
+
+    def find(self, name: str) -> bytes:
+        """The file's bytes; BadRowError if there are none to be had."""
+        raise NotImplementedError
+
+    def bad(self, name: str, expected: str, what_to_do: str = "fetch the image again") -> BadRowError:
+        """The error of a row whose image cannot be used."""
+        return BadRowError(self.field, name, expected, what_to_do)
+
+    def _load(self, name: str) -> ImageFile | BadRowError:
+        try:
+            return read_image(self.find(name))
+        except BadRowError as error:
+            return error
+        except BadImageError as error:
+            return self.bad(name, f"an image that decodes ({error})")
+
+    def _remember(self, name: str, image: ImageFile | BadRowError) -> None:
+        self._recent[name] = image
+        self._recent_bytes += _size(image)
+        while self._recent_bytes > RECENT_BYTES and len(self._recent) > 1:
+            self._recent_bytes -= _size(self._recent.popitem(last=False)[1])
+
+
+def reason(error: Exception) -> str:
+    """What an error says, without the paths in it, which differ from machine to machine."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _size(image: ImageFile | BadRowError) -> int:
+    """About how many bytes it holds in memory."""
+    return 1000 + (len(image.data) if isinstance(image, ImageFile) else 0)
+
+
+class ImageFolder(Images):
+    """Images in a folder, by their names relative to it."""
+
+    def __init__(self, root: Path, field: str) -> None:
+        """SourceError if the folder is not there."""
+        super().__init__(field)
+        if not root.is_dir():
+            raise SourceError(f"{root}: no such folder; expected the source's images in it")
+        self.root = root
+        self._names: set[str] = set()
 
     def names(self) -> set[str]:
         """The names that rows asked for so far."""
-        return set(self._images)
+        return self._names
 
-    def _load(self, name: str) -> ImageFile | BadRowError:
+    def find(self, name: str) -> bytes:
+        """The file's bytes; BadRowError if it is missing or its name leads out of the folder."""
+        self._names.add(name)
         path = self.root / name
-        if not path.resolve().is_relative_to(self.root.resolve()):
-            return BadRowError(self.field, name, f"a name inside {self.root.name}/", "mend the row in the file")
-        if not path.is_file():
-            return BadRowError(self.field, name, f"an image file in {self.root.name}/", "fetch the image again")
         try:
-            return read_image(path.read_bytes())
-        except BadImageError as error:
-            return BadRowError(self.field, name, f"an image that decodes ({error})", "fetch the image again")
+            if not path.resolve().is_relative_to(self.root.resolve()):
+                raise self.bad(name, f"a name inside {self.root.name}/", "mend the row in the file")
+            if not path.is_file():
+                raise self.bad(name, f"an image file in {self.root.name}/")
+            return path.read_bytes()
+        except OSError as error:  # a name that is too long, a file that may not be read
+            raise self.bad(name, f"an image file in {self.root.name}/ that can be read ({reason(error)})") from error
 
 
 def image_columns(name: str, image: ImageFile) -> Row:
