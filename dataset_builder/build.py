@@ -34,6 +34,7 @@ from .sources.slake import read_boxes
 
 SPLITS = ("train", "validation", "test")
 LIBRARIES = ("bm25s", "datasets", "ImageHash", "pillow", "pyarrow")
+DECODERS = ("pydicom", "python-gdcm", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pyjpegls")  # of DICOM
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,22 @@ def build(recipe: Recipe, output: Path) -> BuildResult:
 def inputs_digest(recipe: Recipe) -> str:
     """sha256 of all that the output depends on."""
     digest = hashlib.sha256(repr((recipe.captions, recipe.queue, dict(recipe.default))).encode())
-    digest.update(repr([(name, importlib.metadata.version(name)) for name in LIBRARIES]).encode())
+    digest.update(repr([(name, _version(name)) for name in (*LIBRARIES, *DECODERS)]).encode())
     code = Path(__file__).parent
     _hash_files(digest, code, sorted(code.rglob("*.py")))
     for name, source in recipe.sources.items():
         if not source.data.is_dir():
             raise SourceError(f"{source.data}: no such folder; expected {name}'s raw folder")
-        digest.update(repr((name, source.languages)).encode())
+        digest.update(repr((name, source.languages, sorted(source.own.items()))).encode())
         _hash_files(digest, source.data, sorted(path for path in source.data.rglob("*") if path.is_file()))
     return digest.hexdigest()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # a decoder that is installed later reads more files
 
 
 def _hash_files(digest: "hashlib._Hash", root: Path, paths: Sequence[Path]) -> None:
@@ -85,7 +93,10 @@ def _hash_files(digest: "hashlib._Hash", root: Path, paths: Sequence[Path]) -> N
 
 def make_configs(recipe: Recipe, report: Report) -> Configs:
     """The rows of every configuration: `default` and `pretrain` where the recipe wants them, then one a source."""
-    rows = {name: list(READERS[name](source.data, report, source.languages)) for name, source in recipe.sources.items()}
+    rows = {
+        name: list(READERS[name](source.data, report, source.languages, **source.own))
+        for name, source in recipe.sources.items()
+    }
     pretrain = list(_captioned(recipe, rows, report))
     every_row = [row for source_rows in rows.values() for row in source_rows]
     default = {name: default_splits(rows[name], choice) for name, choice in recipe.default.items()}

@@ -20,10 +20,28 @@ from .schema import FEATURES
 CONFIGURATIONS = {
     "default": "the mixture to train on",
     "pretrain": "stage 1: an instruction and a caption or a part of it, made from an image's labels and boxes",
+    "biovgq": "BioVGQ as its authors released it",
+    "dicom": "questions about DICOM images",
+    "folder": "questions about a folder of images",
+    "path_vqa": "Path-VQA with its own splits",
     "slake": "SLAKE with its own splits",
     "vqa_rad": "VQA-RAD with its own splits",
 }
 SOURCES = {
+    "biovgq": (
+        "BioVGQ",
+        "other",
+        "Ji et al., *BioD2C: A Dual-level Semantic Consistency Constraint Framework for Biomedical VQA*, 2025. Its "
+        "images come from PubMed Central, SLAKE, VQA-RAD and Path-VQA, which keep their terms.",
+    ),
+    "dicom": ("DICOM images", "unknown", "As the owner of the images says; see the column `license`."),
+    "folder": ("a folder of images", "unknown", "As the owner of the images says; see the column `license`."),
+    "path_vqa": (
+        "Path-VQA",
+        "other",
+        "He et al., *PathVQA: 30000+ Questions for Medical Visual Question Answering*, 2020. Code and questions MIT; "
+        "the images stay with their publishers.",
+    ),
     "slake": (
         "SLAKE",
         "CC BY 4.0",

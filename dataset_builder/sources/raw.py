@@ -64,6 +64,8 @@ def text(record: Mapping[str, Any], field: str, report: Report) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise BadRowError(field, value, "a text that is not empty", "mend the row in the file")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON and pickle hold them, Arrow cannot
+        raise BadRowError(field, value, "a text of whole characters", "mend the row in the file")
     mended = mend_blanks(value)
     if mended != value:
         report.quirks[f"{field}: blanks or tabs mended"] += 1
