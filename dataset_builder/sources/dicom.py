@@ -11,20 +11,16 @@ common that do not deny it, are read, counted and named in the report: look at t
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..images import BadImageError, ImageFile, read_image
 from ..report import BadRowError, Report, SourceError
 from ..schema import Row, new_row
 from .raw import image_columns, optional_text
 from .tables import Groups, Record, file_name, find_tables, make_rows, note_unused, read_table, row_columns, row_id
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 NOT_SHOWN = "(not shown)"
 OFTEN_BURNED_IN = {"", "US", "IVUS", "ES", "XC", "SC", "OT"}  # unknown, ultrasound, endoscopy, photographs, other
@@ -98,7 +94,7 @@ class DicomFolder:
         return file
 
     def _load(self, name: str) -> DicomImage | BadRowError:
-        from .dicom_pixels import read_header, read_picture
+        from .dicom_pixels import header_texts, read_header, read_picture
 
         path = self.root / name
         if not path.resolve().is_relative_to(self.root.resolve()):
@@ -107,28 +103,29 @@ class DicomFolder:
             return BadRowError("image", NOT_SHOWN, "a DICOM file in the folder", "copy the file again")
         try:
             header = read_header(path)
+            texts = header_texts(header)
             data, frames = read_picture(path, header)
             image = read_image(data)
         except BadImageError as error:
             return BadRowError(
                 "image", NOT_SHOWN, f"a DICOM image that decodes ({error})", "mend or export the file again"
             )
-        file = DicomImage(image, f"{image.sha256[:16]}.png", *_patient(header), *_terms(header))
-        self._remember(file, header, frames)
+        file = DicomImage(image, f"{image.sha256[:16]}.png", *_patient(texts), *_terms(texts))
+        self._remember(file, texts, frames)
         return file
 
-    def _remember(self, file: DicomImage, header: "Dataset", frames: int) -> None:
-        self._studies.add(_value(header, "StudyInstanceUID"))
+    def _remember(self, file: DicomImage, texts: Mapping[str, str], frames: int) -> None:
+        self._studies.add(texts["StudyInstanceUID"])
         if frames > 1:
             self._many_frames.add(file.name)
-        declared = _value(header, "BurnedInAnnotation").upper()
-        captured = _value(header, "SOPClassUID").startswith(SECONDARY_CAPTURE)
+        declared = texts["BurnedInAnnotation"].upper()
+        captured = texts["SOPClassUID"].startswith(SECONDARY_CAPTURE)
         if declared == "YES":
             self._burned_in["declare"].add(file.name)
         elif declared != "NO" and (captured or (file.modality or "") in OFTEN_BURNED_IN):
             self._burned_in["do not deny"].add(file.name)
 
-    def report_at_end(self, patients: int) -> None:
+    def report_at_end(self, groups: int) -> None:
         """Count what was met, each image once, and warn."""
         if self._many_frames:
             self.report.quirks["dicom: several frames, the middle one taken"] += len(self._many_frames)
@@ -140,28 +137,20 @@ class DicomFolder:
                     f"dicom: WARNING, {len(names)} images {verb} burned-in text, which may name the patient; look at "
                     f"each before anyone else does: {', '.join(names[:10])}{' ...' if names[10:] else ''}"
                 )
-        if patients == 1 and len(self._studies) > 1:
+        if groups == 1 < len(self._studies):
             self.report.notes.append(
-                f"dicom: {len(self._studies)} studies carry one PatientID, so no split can part them; if it is a "
-                "placeholder, give the table a column `group`"
+                f"dicom: {len(self._studies)} studies are of one patient, so no split can part them; if their "
+                "PatientID is a placeholder, give the table a column `group`"
             )
 
 
-def _value(header: "Dataset", keyword: str) -> str:
-    """An element as text, "" where it is missing or cannot be converted."""
-    try:
-        return str(header.get(keyword) or "").strip()
-    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
-        return ""  # pydicom converts on access, and the element is broken
-
-
-def _patient(header: "Dataset") -> tuple[str | None, tuple[frozenset[str], ...]]:
+def _patient(texts: Mapping[str, str]) -> tuple[str | None, tuple[frozenset[str], ...]]:
     """What tells the patient from others, and the sets of words that name them."""
     from .dicom_pixels import IDENTIFIERS
 
-    patient, issuer, study = (_value(header, name) for name in ("PatientID", "IssuerOfPatientID", "StudyInstanceUID"))
+    patient, issuer, study = (texts[name] for name in ("PatientID", "IssuerOfPatientID", "StudyInstanceUID"))
     key = f"patient {issuer} {patient}" if patient else f"study {study}" if study else None
-    spellings = [part for name in IDENTIFIERS for part in _value(header, name).split("=")]
+    spellings = [part for name in IDENTIFIERS for part in texts[name].split("=")]
     family_and_given = ["^".join(spelling.split("^")[:2]) for spelling in spellings]  # no titles, no middle names
     return key, tuple({words for words in map(words_of, family_and_given) if _telling(words)})
 
@@ -180,9 +169,9 @@ def _telling(words: frozenset[str]) -> bool:
     return has_number or sum(len(word) > 1 for word in words) >= 2
 
 
-def _terms(header: "Dataset") -> tuple[str | None, str | None]:
+def _terms(texts: Mapping[str, str]) -> tuple[str | None, str | None]:
     """Modality and BodyPartExamined, each None unless it can be a standard term."""
-    values = (_value(header, name) for name in ("Modality", "BodyPartExamined"))
+    values = (texts[name] for name in ("Modality", "BodyPartExamined"))
     modality, body_part = (value if CODE.fullmatch(value) else None for value in values)
     return modality, body_part
 

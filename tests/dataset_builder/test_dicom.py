@@ -30,8 +30,8 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEGLosslessSV1, generate_uid  #
 from biod2c.dataset_builder.sources.dicom_pixels import read_header, read_picture  # noqa: E402
 
 SHIPPED = Path(pydicom.__file__).parent / "data" / "test_files"
-NAME, PATIENT, ACCESSION = "Zwiebelturm^Adelgunde", "HOSP-4711-0815", "ACC99123"
-SECRETS = ["Zwiebelturm", "Adelgunde", "4711", "0815", "99123", "19510203", "Krankenhaus"]
+NAME, PATIENT, ACCESSION = "Zwiebelturm^Änne^^Dr.", "HOSP-4711-0815", "ACC99123"
+SECRETS = ["Zwiebelturm", "Änne", "4711", "0815", "99123", "19510203", "Krankenhaus"]
 
 
 def dicom_file(path, stored, *, modality="CT", patient=PATIENT, study=None, bits=12, **elements):
@@ -43,6 +43,7 @@ def dicom_file(path, stored, *, modality="CT", patient=PATIENT, study=None, bits
     file = FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128)
     file.SOPClassUID, file.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     file.StudyInstanceUID = study or generate_uid()
+    file.SpecificCharacterSet = "ISO_IR 100"
     file.PatientName, file.PatientID, file.PatientBirthDate = NAME, patient, "19510203"
     file.AccessionNumber, file.InstitutionName, file.Modality = ACCESSION, "Krankenhaus", modality
     colour = stored.ndim == 3 and stored.shape[-1] == 3
@@ -207,15 +208,15 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
 def test_bytes_broken_anywhere_give_a_picture_or_a_reason(tmp_path, name):
     whole, chooser = (SHIPPED / name).read_bytes(), random.Random(name)
     path, refused = tmp_path / "broken.dcm", 0
+    write_table(tmp_path, [{"image": "broken.dcm", "question": "What?", "answer": "A"}])
     for _ in range(60):
         data = bytearray(whole[: chooser.choice([len(whole), chooser.randrange(len(whole))])])
         for _ in range(chooser.randrange(20)):
             data[chooser.randrange(len(data))] = chooser.randrange(256)
         path.write_bytes(data)
-        try:
-            shown(path)
-        except BadImageError:
-            refused += 1
+        rows, report = read(tmp_path)
+        assert len(rows) + len(report.bad_rows) == 1
+        refused += len(report.bad_rows)
     assert 0 < refused < 60
 
 
@@ -250,7 +251,7 @@ def read(root, **options):
 def test_nothing_of_the_patient_is_in_the_rows_or_the_report(study):
     with (study / "questions.jsonl").open("a") as table:
         missing = {"image": "Zwiebelturm_4711/gone.dcm", "question": "Where?", "answer": "Krankenhaus"}
-        telling = {"image": "other.dcm", "question": "Is Adelgunde Zwiebelturm ill?", "answer": "No"}
+        telling = {"image": "other.dcm", "question": "Is Änne Zwiebelturm ill?", "answer": "No"}
         number = {"image": "other.dcm", "question": "What is seen?", "answer": f"See {ACCESSION}."}
         turns = [{"role": "user", "content": f"This is {PATIENT}."}]
         earlier = {"image": "Zwiebelturm_4711/ct1.dcm", "question": "Ill?", "answer": "No", "history": turns}
@@ -282,7 +283,7 @@ def test_nothing_of_the_patient_is_in_the_folder_that_is_built(study, tmp_path):
         path.read_bytes() + str(path.relative_to(output)).encode() for path in output.rglob("*") if path.is_file()
     )
     assert b"PAR1" in written and b"(not shown)" in written
-    assert [secret for secret in SECRETS if secret.encode() in written] == []
+    assert [secret for secret in SECRETS if secret.encode() in written or secret.encode("latin-1") in written] == []
 
 
 def test_a_row_says_modality_body_part_and_licence_and_is_named_after_its_content(study):
@@ -324,7 +325,7 @@ def test_one_patient_id_for_many_studies_is_pointed_out(tmp_path):
     for number in range(2):
         dicom_file(tmp_path / f"{number}.dcm", RAMP + np.uint16(number), patient="ANON")
     write_table(tmp_path, [{"image": f"{n}.dcm", "question": "What?", "answer": "A lung"} for n in range(2)])
-    assert "2 studies carry one PatientID" in read(tmp_path)[1].notes[0]
+    assert "2 studies are of one patient" in read(tmp_path)[1].notes[0]
 
 
 def test_burned_in_text_is_counted_once_an_image_and_warned_about(tmp_path):
