@@ -92,11 +92,21 @@ def dataset_card(written: WrittenSplits, sources: Mapping[str, SourceOptions], r
     body = TEXT.format(
         names=" and ".join(SOURCES[name][0] for name in names),
         configurations="\n".join(_configuration_line(config, splits) for config, splits in written.items()),
-        sources="\n".join(f"| {' | '.join(SOURCES[name])} |" for name in names),
+        sources="\n".join(_source_line(name, sources[name]) for name in names),
         report="\n".join(f"- {line}" for line in report.lines()) or "- nothing out of the ordinary",
         fingerprint=fingerprint,
     )
     return f"---\n{_metadata(written, sources).to_yaml()}\n---\n\n{body}"
+
+
+def _licence(name: str, source: SourceOptions) -> str:
+    """The source's, or what the owner of the images says."""
+    return source.own.get("license", SOURCES[name][1])
+
+
+def _source_line(name: str, source: SourceOptions) -> str:
+    title, _, citation = SOURCES[name]
+    return f"| {title} | {_licence(name, source)} | {citation} |"
 
 
 def _configuration_line(config: str, splits: dict[str, SplitFiles]) -> str:
@@ -106,7 +116,7 @@ def _configuration_line(config: str, splits: dict[str, SplitFiles]) -> str:
 
 def _metadata(written: WrittenSplits, sources: Mapping[str, SourceOptions]) -> DatasetCardData:
     data = DatasetCardData(
-        license=[SOURCES[name][1].lower().replace(" ", "-") for name in sources],
+        license=sorted({_licence(*item).lower().replace(" ", "-") for item in sources.items()}),
         language=sorted({language for source in sources.values() for language in source.languages}),
         task_categories=["visual-question-answering"],
         pretty_name="BioVGQ",

@@ -176,6 +176,8 @@ def test_the_command_and_the_recipe_name_the_licence(folder, tmp_path, capsys):
     command = ["build", "ingest", "--data", str(folder), "--output", str(tmp_path / "out")]
     assert main([*command, "--source", "folder", "--license", "CC0-1.0"]) == 0
     assert load_dataset(str(tmp_path / "out"), "folder", split="test")["license"][:] == ["CC0-1.0"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license:\n- cc0-1.0\n" in card and "| a folder of images | CC0-1.0 |" in card
     assert main([*command, "--source", "slake", "--license", "CC0-1.0"]) == 2
     assert "slake has its own licence" in capsys.readouterr().err
     recipe = tmp_path / "recipe.yaml"
