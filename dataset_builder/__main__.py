@@ -17,7 +17,7 @@ from ..cli import ArgumentParser
 from .build import BuildResult, build
 from .push import push_dataset
 from .recipe import Recipe, RecipeError, SourceOptions, read_recipe
-from .sources import READERS
+from .sources import OPTIONS, READERS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     ingest.add_argument("--data", type=Path, required=True, help="the source's raw folder")
     ingest.add_argument("--output", type=Path, required=True, help="the folder to write")
     ingest.add_argument("--languages", nargs="+", default=["en"], help="SLAKE: en, zh or both (default: en)")
+    ingest.add_argument(
+        "--license", help="folder, dicom: the licence of your data, as SPDX names it (default: unknown)"
+    )
     every = verbs.add_parser("all", help="every step of a recipe")
     every.add_argument("recipe", type=Path, help="a YAML file such as recipes/demo/dataset.yaml")
     every.add_argument("--output", type=Path, help="the folder to write (default: the recipe's `output`)")
@@ -49,7 +52,10 @@ def run(arguments: argparse.Namespace) -> str:
 def run_build(arguments: argparse.Namespace) -> BuildResult:
     """`ingest` or `all`."""
     if arguments.verb == "ingest":
-        source = SourceOptions(arguments.data, tuple(arguments.languages))
+        own = {"license": arguments.license} if arguments.license else {}
+        if not own.keys() <= set(OPTIONS.get(arguments.source, ())):
+            raise RecipeError(f"--license: {arguments.source} has its own licence; leave it out")
+        source = SourceOptions(arguments.data, tuple(arguments.languages), own)
         return build(Recipe(sources={arguments.source: source}), arguments.output)
     recipe = read_recipe(arguments.recipe)
     output = arguments.output or recipe.output

@@ -30,7 +30,7 @@ from .leakage import joined_groups, leakage_json, leakage_markdown, leaking_imag
 from .queue import fill_queues
 from .recipe import EIGHT_ONE_ONE, OFFICIAL, Recipe, RecipeError
 from .report import Report, SourceError
-from .schema import Row
+from .schema import CAPTION, Row
 from .sources import READERS
 from .sources.slake import read_boxes
 from .statistics import write_statistics
@@ -38,6 +38,7 @@ from .statistics import write_statistics
 SPLITS = ("train", "validation", "test")
 BENCHMARKS = ("slake", "vqa_rad", "path_vqa")  # their test images are in no training split
 LIBRARIES = ("bm25s", "datasets", "faiss-cpu", "ImageHash", "matplotlib", "pillow", "pyarrow")
+DECODERS = ("pydicom", "python-gdcm", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pyjpegls")  # of DICOM
 
 
 @dataclass(frozen=True)
@@ -70,31 +71,44 @@ def build(recipe: Recipe, output: Path) -> BuildResult:
 def inputs_digest(recipe: Recipe) -> str:
     """sha256 of all that the output depends on."""
     digest = hashlib.sha256(repr((recipe.captions, recipe.queue, dict(recipe.default), recipe.dialogues)).encode())
-    digest.update(repr([(name, importlib.metadata.version(name)) for name in LIBRARIES]).encode())
+    digest.update(repr([(name, _version(name)) for name in (*LIBRARIES, *DECODERS)]).encode())
     code = Path(__file__).parent
     _hash_files(digest, code, sorted(code.rglob("*.py")))
     for name, source in recipe.sources.items():
         if not source.data.is_dir():
             raise SourceError(f"{source.data}: no such folder; expected {name}'s raw folder")
-        digest.update(repr((name, source.languages)).encode())
+        digest.update(repr((name, source.languages, sorted(source.own.items()))).encode())
         _hash_files(digest, source.data, sorted(path for path in source.data.rglob("*") if path.is_file()))
     return digest.hexdigest()
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # a decoder that is installed later reads more files
 
 
 def _hash_files(digest: "hashlib._Hash", root: Path, paths: Sequence[Path]) -> None:
     for path in paths:
         digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
 
 
 def make_configs(recipe: Recipe, report: Report) -> Configs:
     """The rows of every configuration: `default` and `pretrain` where the recipe wants them, then one a source."""
-    rows = {name: list(READERS[name](source.data, report, source.languages)) for name, source in recipe.sources.items()}
+    rows = {
+        name: list(READERS[name](source.data, report, source.languages, **source.own))
+        for name, source in recipe.sources.items()
+    }
     every_row = [row for source_rows in rows.values() for row in source_rows]
     groups = joined_groups(every_row)
     for row in every_row:
         row["group"] = groups[row["group"]]
-    pretrain = by_split(list(_captioned(recipe, rows, report)))
+    pairs = [row for row in every_row if row["question_type"] == CAPTION]
+    rows = {name: [row for row in members if row["question_type"] != CAPTION] for name, members in rows.items()}
+    pretrain = by_split([*pairs, *_captioned(recipe, rows, report)])
     parts = {name: default_splits(rows[name], choice) for name, choice in recipe.default.items()}
     benchmarks = [row for row in every_row if row["source_split"] == "test" and row["source"] in BENCHMARKS]
     mixtures = {"default": _joined(parts.values()), "pretrain": pretrain}
@@ -103,7 +117,7 @@ def make_configs(recipe: Recipe, report: Report) -> Configs:
         fill_queues(every_row, _training_ids(rows, mixtures.get("default", {})), recipe.queue)
     if "default" in mixtures and recipe.dialogues:
         mixtures["default"]["train"] = join_dialogues(mixtures["default"].get("train", []), recipe.dialogues)
-    return mixtures | {name: by_split(source_rows) for name, source_rows in rows.items()}
+    return mixtures | {name: by_split(source_rows) for name, source_rows in rows.items() if source_rows}
 
 
 def _captioned(recipe: Recipe, rows: Mapping[str, Sequence[Row]], report: Report) -> Iterator[Row]:

@@ -20,6 +20,10 @@ from .schema import FEATURES
 CONFIGURATIONS = {
     "default": "the mixture to train on",
     "pretrain": "stage 1: an instruction and a caption or a part of it, made from an image's labels and boxes",
+    "biovgq": "BioVGQ as its authors released it",
+    "dicom": "questions about DICOM images",
+    "folder": "questions about a folder of images",
+    "path_vqa": "Path-VQA with its own splits",
     "llava_med": "LLaVA-Med's alignment set: figures and their captions",
     "pmc_oa": "PMC-OA: sub-figures and their captions",
     "pmc_vqa": "PMC-VQA with its own splits",
@@ -27,6 +31,20 @@ CONFIGURATIONS = {
     "vqa_rad": "VQA-RAD with its own splits",
 }
 SOURCES = {
+    "biovgq": (
+        "BioVGQ",
+        "other",
+        "Ji et al., *BioD2C: A Dual-level Semantic Consistency Constraint Framework for Biomedical VQA*, 2025. Its "
+        "images come from PubMed Central, SLAKE, VQA-RAD and Path-VQA, which keep their terms.",
+    ),
+    "dicom": ("DICOM images", "unknown", "As the owner of the images says; see the column `license`."),
+    "folder": ("a folder of images", "unknown", "As the owner of the images says; see the column `license`."),
+    "path_vqa": (
+        "Path-VQA",
+        "other",
+        "He et al., *PathVQA: 30000+ Questions for Medical Visual Question Answering*, 2020. Code and questions MIT; "
+        "the images stay with their publishers.",
+    ),
     "llava_med": (
         "LLaVA-Med",
         "CC BY-NC 4.0",
@@ -98,11 +116,21 @@ def dataset_card(written: WrittenSplits, sources: Mapping[str, SourceOptions], r
     body = TEXT.format(
         names=" and ".join(SOURCES[name][0] for name in names),
         configurations="\n".join(_configuration_line(config, splits) for config, splits in written.items()),
-        sources="\n".join(f"| {' | '.join(SOURCES[name])} |" for name in names),
+        sources="\n".join(_source_line(name, sources[name]) for name in names),
         report="\n".join(f"- {line}" for line in report.lines()) or "- nothing out of the ordinary",
         fingerprint=fingerprint,
     )
     return f"---\n{_metadata(written, sources).to_yaml()}\n---\n\n{body}"
+
+
+def _licence(name: str, source: SourceOptions) -> str:
+    """The source's, or what the owner of the images says."""
+    return source.own.get("license", SOURCES[name][1])
+
+
+def _source_line(name: str, source: SourceOptions) -> str:
+    title, _, citation = SOURCES[name]
+    return f"| {title} | {_licence(name, source)} | {citation} |"
 
 
 def _configuration_line(config: str, splits: dict[str, SplitFiles]) -> str:
@@ -112,7 +140,7 @@ def _configuration_line(config: str, splits: dict[str, SplitFiles]) -> str:
 
 def _metadata(written: WrittenSplits, sources: Mapping[str, SourceOptions]) -> DatasetCardData:
     data = DatasetCardData(
-        license=[SOURCES[name][1].lower().replace(" ", "-") for name in sources],
+        license=sorted({_licence(*item).lower().replace(" ", "-") for item in sources.items()}),
         language=sorted({language for source in sources.values() for language in source.languages}),
         task_categories=["visual-question-answering"],
         pretty_name="BioVGQ",

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from .queue import QueueOptions
-from .sources import READERS
+from .sources import OPTIONS, READERS
 
 OFFICIAL, EIGHT_ONE_ONE = "official", "8:1:1"
 CAPTIONED = ("slake",)  # the sources whose raw files hold boxes
@@ -36,10 +36,11 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Where a source's raw folder lies and which of its languages are read."""
+    """Where a source's raw folder lies, which of its languages are read, and the options that it has of its own."""
 
     data: Path
     languages: tuple[str, ...] = ("en",)
+    own: Mapping[str, str] = dataclasses.field(default_factory=dict)  # names from sources.OPTIONS
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,17 @@ def _mapping(path: Path, field: str, value: Any, allowed: set[str]) -> dict[str,
 def _sources(path: Path, value: Any) -> dict[str, SourceOptions]:
     sources = {}
     for name, options in _mapping(path, "sources", value, set(READERS)).items():
-        fields = _mapping(path, f"sources.{name}", options, {"data", "languages"})
+        fields = _mapping(path, f"sources.{name}", options, {"data", "languages", *OPTIONS.get(name, ())})
         languages = fields.get("languages", ["en"])
         if not isinstance(fields.get("data"), str):
             raise RecipeError(f"{path}: sources.{name}.data is {fields.get('data')!r}, expected a folder")
         if not isinstance(languages, list) or not languages:
             raise RecipeError(f"{path}: sources.{name}.languages is {languages!r}, expected a list such as [en]")
-        sources[name] = SourceOptions(_beside(path, fields["data"]), tuple(languages))
+        own = {option: fields[option] for option in OPTIONS.get(name, ()) if option in fields}
+        for option, text in own.items():
+            if not isinstance(text, str) or not text.strip():
+                raise RecipeError(f"{path}: sources.{name}.{option} is {text!r}, expected a text")
+        sources[name] = SourceOptions(_beside(path, fields["data"]), tuple(languages), own)
     return sources
 
 

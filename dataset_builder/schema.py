@@ -11,6 +11,8 @@ from datasets import Features, Image, List, Value
 
 Row: TypeAlias = dict[str, Any]
 
+CAPTION = "caption"  # the question_type of an image-caption pair, which is for stage 1: an instruction and the caption
+
 FEATURES = Features(
     {
         "id": Value("string"),
