@@ -1,9 +1,11 @@
 """The builder's commands.
 
     python -m biod2c.dataset_builder ingest --source slake --data RAW --output OUT
+    python -m biod2c.dataset_builder generate DATASET --model NAME --output OUT
     python -m biod2c.dataset_builder all RECIPE.yaml [--output OUT]
 
-`ingest` turns one raw source into a dataset with its official splits; `all` runs every step of a recipe.
+`ingest` turns one raw source into a dataset with its official splits; `generate` has a vision-language model write
+question-answer pairs about a dataset's images and captions; `all` runs every step of a recipe.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from ..cli import ArgumentParser
 from .build import BuildResult, build
+from .generate_arguments import add_arguments as add_generate_arguments
 from .recipe import Recipe, RecipeError, SourceOptions, read_recipe
 from .sources import READERS
 
@@ -26,14 +29,19 @@ def parser() -> argparse.ArgumentParser:
     ingest.add_argument("--data", type=Path, required=True, help="the source's raw folder")
     ingest.add_argument("--output", type=Path, required=True, help="the folder to write")
     ingest.add_argument("--languages", nargs="+", default=["en"], help="SLAKE: en, zh or both (default: en)")
+    add_generate_arguments(verbs.add_parser("generate", help="question-answer pairs from images and captions"))
     every = verbs.add_parser("all", help="every step of a recipe")
     every.add_argument("recipe", type=Path, help="a YAML file such as recipes/demo/dataset.yaml")
     every.add_argument("--output", type=Path, help="the folder to write (default: the recipe's `output`)")
     return commands
 
 
-def run(arguments: argparse.Namespace) -> BuildResult:
-    """Carry out one command."""
+def run(arguments: argparse.Namespace) -> BuildResult | None:
+    """Carry out one command; None if it built nothing (a dry run)."""
+    if arguments.verb == "generate":
+        from .generate_folder import run as generate  # needs the extra `generate`
+
+        return generate(arguments)
     if arguments.verb == "ingest":
         source = SourceOptions(arguments.data, tuple(arguments.languages))
         return build(Recipe(sources={arguments.source: source}), arguments.output)
@@ -59,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError, OSError: what is wrong with the command, recipe or source; `biod2c.cli` prints it as one line.
     """
-    print(summary(run(parser().parse_args(argv))))
+    result = run(parser().parse_args(argv))
+    if result is not None:
+        print(summary(result))
 
 
 if __name__ == "__main__":

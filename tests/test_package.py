@@ -19,7 +19,15 @@ import biod2c
 from biod2c import cli
 
 ROOT = Path(__file__).parents[1]
-INSTALLED_EXTRAS = ("train", "data", "eval", "deepspeed", "quantization", "dev")  # what `make venv` installs
+INSTALLED_EXTRAS = (
+    "train",
+    "data",
+    "eval",
+    "generate",
+    "deepspeed",
+    "quantization",
+    "dev",
+)  # what `make venv` installs
 HEAVY = ("torch", "transformers", "numpy", "PIL", "datasets")
 
 
@@ -124,7 +132,8 @@ def fail_with(error: Exception):
         (OSError(), "biod2c ask: OSError\n"),
         (
             ModuleNotFoundError("No module named 'peft'", name="peft"),
-            "biod2c ask: peft is not installed; pip install 'biod2c[train,data,eval]' brings what every verb needs\n",
+            "biod2c ask: peft is not installed; "
+            "pip install 'biod2c[train,data,eval,generate]' brings what every verb needs\n",
         ),
     ],
 )
@@ -176,7 +185,7 @@ def requirements_of(name: str, extras: tuple[str, ...] = ("",)) -> Iterator[Requ
 
 
 def installed_closure() -> set[str]:
-    """Canonical names of all that biod2c[train,data,eval,deepspeed,quantization,dev] pulls in on this machine."""
+    """Canonical names of all that biod2c with INSTALLED_EXTRAS pulls in on this machine."""
     found: set[tuple[str, str]] = set()
     waiting = list(requirements_of("biod2c", ("", *INSTALLED_EXTRAS)))
     while waiting:
