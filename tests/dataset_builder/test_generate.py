@@ -3,8 +3,11 @@ counted there.
 """
 
 import asyncio
+import base64
+import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,13 +18,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from datasets import Dataset, load_dataset
+from PIL import Image
 
 from biod2c.cli import main
-from biod2c.dataset_builder.generate import GenerateOptions, ask, estimate, generated_rows
+from biod2c.dataset_builder.generate import GenerateOptions, ask, blind_key, estimate, generated_rows, pairs_key
 from biod2c.dataset_builder.generate_checks import NearDuplicates
 from biod2c.dataset_builder.generate_endpoint import Model
 from biod2c.dataset_builder.generate_journal import GenerateError, Journal
-from biod2c.dataset_builder.generate_prompt import PROMPT_SHA256
+from biod2c.dataset_builder.generate_prompt import PROMPT_SHA256, data_url
 from biod2c.dataset_builder.images import read_image
 from biod2c.dataset_builder.schema import FEATURES, new_row
 
@@ -76,9 +80,14 @@ class Server:
                     number = len(server.requests)
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
-                status, headers, body = server.behave(request, number)
+                answer = server.behave(request, number)
                 with server.lock:
                     server.at_once -= 1
+                if isinstance(answer, bytes):  # as it stands, and then the connection ends
+                    self.wfile.write(answer)
+                    self.close_connection = True
+                    return
+                status, headers, body = answer
                 try:
                     self.send_response(status)
                     for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -194,6 +203,31 @@ def test_the_second_run_asks_nothing_and_gives_the_same_rows(server, run, make_r
     assert first[0] == second[0] and len(first[0]) == 12
 
 
+def test_the_key_of_a_request_does_not_change(make_rows):
+    """A version that computes other keys would pay for every recorded reply again."""
+    [row] = make_rows("Scan of m0")
+    row["image_sha256"] = "0" * 64
+    assert pairs_key(row, Model("gpt-4o", "http://anywhere/v1", max_tokens=7)) == "8f00de1ced9455f6880cb02d844cab32"
+    assert blind_key("Where?", Model("gpt-4o")) == "c4971a9d0a52e3b00bc3a9053c1cc76e"
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "sent"),
+    [
+        ("JPEG", (40, 30), ("JPEG", (40, 30))),
+        ("TIFF", (40, 30), ("PNG", (40, 30))),
+        ("PNG", (4096, 64), ("PNG", (2048, 32))),
+    ],
+)
+def test_an_image_is_sent_in_a_format_and_size_that_endpoints_read(kind, size, sent):
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, kind)
+    header, data = data_url(file.getvalue()).split(";base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (header, image.format, image.size) == (f"data:image/{sent[0].lower()}", *sent)
+    assert (base64.b64decode(data) == file.getvalue()) is (kind == "JPEG")
+
+
 def test_rows_of_one_image_and_caption_share_a_reply(server, run, make_rows):
     [row] = make_rows("Scan of m0")
     server.behave = lambda request, number: time.sleep(0.05) or completion(good_pairs(asked(request)))
@@ -281,13 +315,12 @@ def test_a_time_out_is_tried_again_and_counts_as_charged(server, run, make_rows)
     assert journal.maybe_charged > 0 and journal.spent == pytest.approx(COST + journal.maybe_charged)
 
 
-def test_an_answer_cut_on_the_wire_is_tried_again(server, run, make_rows):
-    def behave(request, number):
-        status, _, body = completion(GOOD)
-        cut = {"Content-Length": str(len(body)), "Connection": "close"}, body[:-20]
-        return (status, *cut) if number == 1 else (status, {}, body)
-
-    server.behave = behave
+@pytest.mark.parametrize(
+    "wire",
+    [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"ch', b"SSH-2.0-\r\n\r\n"],
+)
+def test_an_answer_cut_on_the_wire_is_tried_again(server, run, make_rows, wire):
+    server.behave = lambda request, number: wire if number == 1 else completion(GOOD)
     made, _, journal, _ = run(make_rows("Scan of m0"))
     assert len(made) == 2 and len(server.requests) == 2 and journal.maybe_charged > 0
 
@@ -313,11 +346,11 @@ def test_a_wrong_key_or_model_stops_the_run(server, run, make_rows, status, code
     assert len(server.requests) <= 4 and KEY not in str(error.value)
 
 
-def test_an_endpoint_that_is_not_there_stops_the_run(server, run, make_rows, monkeypatch):
-    monkeypatch.setattr("biod2c.dataset_builder.generate_endpoint.RETRIES", 1)
+def test_an_endpoint_that_is_not_there_stops_the_run(server, run, make_rows, tmp_path):
     server.url = "http://127.0.0.1:1/v1"
     with pytest.raises(GenerateError, match="20 requests in a row"):
         run(make_rows(*scans(40)), budget=1.0)
+    assert Journal(tmp_path / "replies.jsonl").spent == 0  # what never left costs nothing
 
 
 # --- limits
@@ -424,6 +457,20 @@ def test_kill_9_pays_nothing_twice_and_loses_nothing(server, make_rows, tmp_path
     requests = len(server.requests)
     assert main(["build", *command(server, dataset, output)]) == 0
     assert len(server.requests) == requests
+
+
+def test_a_full_disk_stops_the_run_and_the_next_goes_on(server, run, make_rows):
+    rows, limits = make_rows(*scans(12)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            run(rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert 1 <= len(server.requests) < 12
+    made, rejected, journal, _ = run(rows)
+    assert len(made) == 24 and rejected == [] and journal.skipped_lines <= 1
+    assert len(server.requests) <= 12 + 4  # asked again: at most what was under way
 
 
 def test_a_second_process_may_not_write_the_same_record(tmp_path):
