@@ -2,9 +2,9 @@
 
 Two steps over the same rows. `ask` sends what is not yet recorded; `generated_rows` makes rows out of what is. The
 second step is a function of rows and record alone, so the order in which answers came changes nothing, and a rebuild
-from the same record gives the same rows. Both rest on `next_request`: what an image still needs, given what is
-recorded. A reply is found by the hash of what it answers (model, prompt, caption, the image's sha256), so
-rows with the same image and caption share one.
+from the same record gives the same rows, with the time at which each reply was recorded. Both rest on `recorded`: what
+the record says of a row. A reply is found by the hash of what it answers (model, prompt, caption, the image's sha256),
+so rows with the same image and caption share one.
 """
 
 import asyncio
@@ -202,13 +202,24 @@ def generated_rows(
 ) -> Iterator[Row]:
     """A row for each recorded pair that passes the checks; the others go to `rejected`, with the reason.
 
-    `kept` holds the pairs kept so far, of other splits too. The id is the source row's with "-q1" to "-q3", the pair's
+    `kept` holds the pairs kept so far, of other splits too. Of rows with the same image and caption the first has the
+    reply's pairs. The id is the source row's with "-q1" to "-q3", the pair's
     place in the reply, so that a rejected pair renumbers none.
     """
+    seen: set[str] = set()
     for row in rows:
-        found = recorded(row, options.model, journal) if row["caption"] else Recorded(None, [], [])
+        if not row["caption"]:
+            rejected({"id": row["id"], "reason": "no caption"})
+            continue
+        key = pairs_key(row, options.model)
+        if key in seen:
+            rejected({"id": row["id"], "reason": "same image and caption as an earlier row"})
+            continue
+        seen.add(key)
+        found = recorded(row, options.model, journal)
         if found.line is None:
-            rejected({"id": row["id"], "reason": _why_none(row, found)})
+            unusable = found.failed and f"unusable reply, and its repair too: {found.faults[-1]}"
+            rejected({"id": row["id"], "reason": unusable or "no answer yet"})
             continue
         for number, pair in enumerate(found.pairs, 1):
             identity = f"{row['id']}-q{number}"
@@ -217,12 +228,6 @@ def generated_rows(
                 yield _row(row, identity, pair, found.line)
             else:
                 rejected({"id": identity, "reason": reason, **pair.model_dump()})
-
-
-def _why_none(row: Row, found: Recorded) -> str:
-    if not row["caption"]:
-        return "no caption"
-    return f"unusable reply, and its repair too: {found.faults[-1]}" if found.failed else "no answer yet"
 
 
 def pair_fault(pair: Pair, row: Row, options: GenerateOptions, journal: Journal, kept: NearDuplicates) -> str | None:

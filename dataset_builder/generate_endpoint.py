@@ -253,11 +253,11 @@ def read_body(body: str) -> Answer:
     try:
         completion = json.loads(body)
         message = completion["choices"][0]["message"]
+        content = message.get("content") or message.get("refusal") or ""
         usage = completion.get("usage") or {}
         tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     except (ValueError, LookupError, TypeError, AttributeError):
         return Answer("", None, None, None)
-    content = message.get("content") or message.get("refusal") or ""
     counts = [count if isinstance(count, int) else None for count in tokens]
     return Answer(content, completion.get("model"), *counts)
 

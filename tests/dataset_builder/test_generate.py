@@ -233,7 +233,7 @@ def test_rows_of_one_image_and_caption_share_a_reply(server, run, make_rows):
     server.behave = lambda request, number: time.sleep(0.05) or completion(good_pairs(asked(request)))
     made, rejected, *_ = run([row, {**row, "id": "src-9"}])
     assert len(server.requests) == 1
-    assert [line["reason"] for line in rejected] == ["near-duplicate of a question about the same image"] * 2
+    assert rejected == [{"id": "src-9", "reason": "same image and caption as an earlier row"}]
     assert {row["id"] for row in made} == {"src-0-q1", "src-0-q2"}
 
 
@@ -517,6 +517,18 @@ def test_the_verb_writes_a_dataset_and_the_key_nowhere(server, make_rows, tmp_pa
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) >= 6 and not any(KEY.encode() in path.read_bytes() for path in files)
     assert KEY not in printed.out + printed.err
+
+
+def test_the_key_of_one_endpoint_is_not_sent_to_another(server, make_rows, tmp_path):
+    other = Server()
+    other.behave = lambda request, number: completion("unknown")
+    dataset = write_dataset(tmp_path / "in", make_rows("Scan of m0"))
+    blind = ["--check-blind", "text-only", "--blind-url", other.url]
+    assert main(["build", *command(server, dataset, tmp_path / "out", *blind)]) == 0
+    other.http.shutdown()
+    other.http.server_close()
+    assert [authorization for _, authorization, _ in other.requests] == ["Bearer none"] * 2
+    assert load_dataset(str(tmp_path / "out"), split="train").num_rows == 2
 
 
 def test_the_verbs_errors_are_one_line(server, make_rows, tmp_path, capsys, monkeypatch):
