@@ -201,7 +201,11 @@ class Sender:
 
     async def _record(self, request: Request, body: str, most: float) -> float:
         """Write an answer to the journal and return what it cost; without a token count, the most that it can cost."""
-        answer, model = read_body(body), request.model
+        model = request.model
+        try:
+            answer = read_body(body)
+        except ValueError as error:  # a proxy's page, or an error under status 200: as good as no answer
+            raise openai.APIConnectionError(message=str(error), request=cast(Any, None)) from error
         usd = None if model.price is None else most
         if answer.input_tokens is not None and answer.output_tokens is not None:
             usd = model.usd(answer.input_tokens, answer.output_tokens)
@@ -223,7 +227,7 @@ class Sender:
             if error.status_code not in (408, 409, 429) and error.status_code < 500:
                 return None
             asked = retry_after(error.response.headers)
-            if asked is not None:  # a little later, and not all at the same moment
+            if asked:  # a little later, and not all at the same moment
                 return asked * random.uniform(1.0, 1.1) if asked <= MAX_WAIT else None
         return float(min(60.0, self.first_wait * 2**attempt) * random.uniform(0.75, 1.25))
 
@@ -249,15 +253,15 @@ class Answer:
 
 
 def read_body(body: str) -> Answer:
-    """Read a chat completion; a body that is none gives an empty answer."""
+    """Read a chat completion; ValueError for a body that is none."""
     try:
         completion = json.loads(body)
         message = completion["choices"][0]["message"]
         content = message.get("content") or message.get("refusal") or ""
         usage = completion.get("usage") or {}
         tokens = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return Answer("", None, None, None)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a chat completion: {body[:300]!r}") from error
     counts = [count if isinstance(count, int) else None for count in tokens]
     return Answer(content, completion.get("model"), *counts)
 

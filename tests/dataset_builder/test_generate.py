@@ -280,10 +280,12 @@ def test_a_bad_reply_is_repaired_once_then_recorded_as_failed(server, run, make_
     assert len(server.requests) == 4  # failed for good: not asked, and not paid, again
 
 
-def test_a_body_that_is_no_completion_is_kept_and_repaired(server, run, make_rows):
-    server.behave = lambda request, number: (200, {}, "<html>") if number == 1 else completion(GOOD)
+@pytest.mark.parametrize("body", ["<html>", '{"error": {"code": 502}}', completion(GOOD)[2][:90], '{"choices": []}'])
+def test_a_body_that_is_no_completion_is_no_answer(server, run, make_rows, body):
+    server.behave = lambda request, number: (200, {}, body) if number == 1 else completion(GOOD)
     made, _, journal, _ = run(make_rows("Scan of m0"))
-    assert len(made) == 2 and '"body": "<html>"' in journal.path.read_text()
+    assert len(made) == 2 and "not a chat completion" in journal.path.read_text() and journal.maybe_charged > 0
+    assert [len(request["messages"]) for _, _, request in server.requests] == [2, 2]  # asked again, not repaired
 
 
 # --- a server in trouble
