@@ -2,8 +2,12 @@
 
     python -m biod2c.dataset_builder ingest --source slake --data RAW --output OUT
     python -m biod2c.dataset_builder all RECIPE.yaml [--output OUT]
+    python -m biod2c.dataset_builder annotate DATASET --labels labels.jsonl --annotator NAME
+    python -m biod2c.dataset_builder train-filter DATASET --labels labels.jsonl --encoder FOLDER --output FILTER
+    python -m biod2c.dataset_builder filter DATASET --filter FILTER --output OUT
 
-`ingest` turns one raw source into a dataset with its official splits; `all` runs every step of a recipe.
+`ingest` turns one raw source into a dataset with its official splits; `all` runs every step of a recipe. The last three
+find out which figures are clean.
 """
 
 import argparse
@@ -13,6 +17,7 @@ from pathlib import Path
 
 from ..cli import ArgumentParser
 from .build import BuildResult, build
+from .filter import commands as filter_commands
 from .recipe import Recipe, RecipeError, SourceOptions, read_recipe
 from .sources import READERS
 
@@ -29,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     every = verbs.add_parser("all", help="every step of a recipe")
     every.add_argument("recipe", type=Path, help="a YAML file such as recipes/demo/dataset.yaml")
     every.add_argument("--output", type=Path, help="the folder to write (default: the recipe's `output`)")
+    filter_commands.add_verbs(verbs)
     return commands
 
 
@@ -59,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError, OSError: what is wrong with the command, recipe or source; `biod2c.cli` prints it as one line.
     """
-    print(summary(run(parser().parse_args(argv))))
+    arguments = parser().parse_args(argv)
+    if "command" in arguments:
+        arguments.command(arguments)
+    else:
+        print(summary(run(arguments)))
 
 
 if __name__ == "__main__":
