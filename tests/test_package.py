@@ -19,7 +19,7 @@ import biod2c
 from biod2c import cli
 
 ROOT = Path(__file__).parents[1]
-INSTALLED_EXTRAS = ("train", "data", "eval", "deepspeed", "quantization", "dev")  # what `make venv` installs
+INSTALLED_EXTRAS = ("train", "data", "eval", "app", "deepspeed", "quantization", "dev")  # what `make venv` installs
 HEAVY = ("torch", "transformers", "numpy", "PIL", "datasets")
 
 
@@ -176,7 +176,7 @@ def requirements_of(name: str, extras: tuple[str, ...] = ("",)) -> Iterator[Requ
 
 
 def installed_closure() -> set[str]:
-    """Canonical names of all that biod2c[train,data,eval,deepspeed,quantization,dev] pulls in on this machine."""
+    """Canonical names of all that biod2c[train,data,eval,app,deepspeed,quantization,dev] pulls in on this machine."""
     found: set[tuple[str, str]] = set()
     waiting = list(requirements_of("biod2c", ("", *INSTALLED_EXTRAS)))
     while waiting:

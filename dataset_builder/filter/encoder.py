@@ -17,8 +17,8 @@ from transformers import AutoImageProcessor, AutoModel, PreTrainedConfig
 
 from ...configuration_biod2c import BioD2CVisionConfig
 from ...image_processing_biod2c import BioD2CImageProcessor, upright_rgb
-from ..images import BadImageError, decode
 from ...modeling_biod2c import BioD2CVisionModel
+from ..images import BadImageError, decode
 from .figures import Figures
 
 BATCH_SIZE = 64

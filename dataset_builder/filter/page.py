@@ -9,7 +9,6 @@ import base64
 import html
 from functools import partial
 from io import BytesIO
-from typing import Any
 
 import gradio as gr
 
@@ -23,8 +22,8 @@ RULE = (
     "**Polluted**: more than six sub-figures, or man-made content such as tables, plots and sketches. Else **clean**."
 )
 CSS = """
-#figure img { max-height: 60vh; max-width: 100%; margin: auto; display: block; border: 1px solid #888; }
-#figure figcaption { max-height: 14vh; overflow: auto; margin-top: 0.5em; }
+#figure img, #figure p { height: 58vh; width: 100%; object-fit: contain; background: #888; }
+#figure figcaption { height: 14vh; overflow: auto; margin-top: 0.5em; }
 #shown { display: none; }
 """
 HEAD = """<script>
@@ -60,10 +59,17 @@ def make_page(figures: Figures, session: Session) -> gr.Blocks:
     return page
 
 
-def serve(page: gr.Blocks, port: int | None = None, **options: Any) -> tuple[Any, str, str]:
-    """Serve the page on 127.0.0.1 until interrupted; `options` are those of `launch`."""
-    return page.launch(
-        server_name="127.0.0.1", server_port=port, share=False, css=CSS, head=HEAD, ssr_mode=False, **options
+def serve(page: gr.Blocks, port: int | None = None) -> None:
+    """Serve the page on 127.0.0.1 until Ctrl-C."""
+    page.launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        css=CSS,
+        head=HEAD,
+        footer_links=[],
+        run_history=False,
     )
 
 
