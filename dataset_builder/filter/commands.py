@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
+from ...cli import ArgumentParser
 from .labels import Session, agreement, read_labels, seeded_order
 
 
-def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_verbs(verbs: "argparse._SubParsersAction[ArgumentParser]") -> None:
     """Add the three verbs to the builder's command line; each sets `command` to the function that carries it out."""
     annotate = verbs.add_parser("annotate", help="label figures clean or polluted on a local page, or compare labels")
     annotate.add_argument("dataset", type=Path, nargs="?", help="the dataset's folder")

@@ -10,6 +10,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def agreement(labels: Labels) -> list[dict[str, Any]]:
     for one, other in itertools.combinations(sorted(labels), 2):
         if both := sorted(labels[one].keys() & labels[other].keys()):
             first, second = ([labels[name][sha] for sha in both] for name in (one, other))
-            estimate = with_interval(lambda weights, a=first, b=second: kappa(a, b, weights), both)
+            estimate = with_interval(partial(kappa, first, second), both)
             rows = zip(both, first, second, strict=True)
             pairs.append(
                 {

@@ -13,7 +13,7 @@ from io import BytesIO
 import gradio as gr
 
 from ...image_processing_biod2c import upright_rgb
-from ..images import BadImageError, decode
+from ..images import decode
 from .figures import Figures
 from .labels import LABELS, Session
 
@@ -97,7 +97,7 @@ def _image(figures: Figures, sha: str) -> str:
     """The figure as PNG, since browsers do not show every format that a source may have."""
     try:
         image = upright_rgb(decode(figures.image(sha)))
-    except (BadImageError, ValueError) as error:
+    except ValueError as error:  # BadImageError is one
         return f"<p>This figure cannot be read ({html.escape(str(error))}): label it unsure.</p>"
     stream = BytesIO()
     image.save(stream, "PNG")

@@ -1,5 +1,7 @@
 """A filter learned from labels: what it reaches on figures it has not seen, and that it has not seen them."""
 
+import hashlib
+import io
 import json
 from shutil import copytree
 
@@ -9,10 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from biod2c import BioD2CImageProcessor
 from biod2c.cli import main
 from biod2c.dataset_builder.filter.encoder import Encoder, cached_features, encode_figures
 from biod2c.dataset_builder.filter.figures import Figures
 from biod2c.dataset_builder.filter.train import cross_validated, deal, train_filter
+from biod2c.modeling_biod2c import BioD2CVisionModel
 
 
 def test_it_tells_clean_from_polluted_on_held_out_figures(trained):
@@ -79,6 +83,17 @@ def test_features_come_from_the_cache_the_second_time(dataset, encoder, trained,
     monkeypatch.setattr(model, "encode", None)
     cached = cached_features(model, figures, shas, folder / "features")
     assert all(torch.allclose(features, cached[sha], atol=1e-5) for sha, features in batch)
+
+
+def test_features_are_those_of_the_projects_own_image_processor(dataset, encoder, figures):
+    model = BioD2CVisionModel.from_pretrained(encoder).eval()
+    processor = BioD2CImageProcessor(size={"height": 64, "width": 64})
+    data = [data for data, _, _ in figures[:4]]
+    with torch.no_grad():
+        images = [Image.open(io.BytesIO(one)) for one in data]
+        expected = model(processor(images=images, return_tensors="pt")["pixel_values"]).image_features
+    [batch] = encode_figures(Encoder(encoder), Figures(dataset), [hashlib.sha256(one).hexdigest() for one in data])
+    torch.testing.assert_close(torch.stack([features for _, features in batch]), expected)
 
 
 def test_any_vision_model_that_pools_will_do(dataset, tmp_path, label_lines):
