@@ -124,7 +124,8 @@ def fail_with(error: Exception):
         (OSError(), "biod2c ask: OSError\n"),
         (
             ModuleNotFoundError("No module named 'peft'", name="peft"),
-            "biod2c ask: peft is not installed; pip install 'biod2c[train,data,eval]' brings what every verb needs\n",
+            "biod2c ask: peft is not installed; "
+            "pip install 'biod2c[train,data,eval,app]' brings what every verb needs\n",
         ),
     ],
 )

@@ -129,7 +129,8 @@ def draw_curves(path: Path, is_clean: np.ndarray, scores: np.ndarray, threshold:
     from matplotlib.figure import Figure
 
     points = curves(is_clean, scores)
-    chosen = max(int((points["threshold"] >= threshold).sum()) - 1, 0)
+    kept = int((points["threshold"] >= threshold).sum())
+    chosen = slice(kept - 1, kept)  # empty where the threshold keeps none
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     for axes, x, y in zip(
         figure.subplots(1, 2), ("false_positive_rate", "recall"), ("recall", "precision"), strict=True

@@ -108,7 +108,7 @@ def figures(examples):
         rng = np.random.default_rng(group)
         images = [Image.open(paths[member]).convert("RGB").resize((160, 160)) for member in members]
         for label, draw in (("clean", clean), ("polluted", polluted)):
-            made += [(encoded(draw(rng, images)), label, f"paper{group}") for _ in range(4)]
+            made += [(encoded(draw(rng, images)), label, f"article{group}") for _ in range(4)]
     return made
 
 

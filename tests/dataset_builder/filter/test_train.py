@@ -20,7 +20,7 @@ from biod2c.modeling_biod2c import BioD2CVisionModel
 
 
 def test_it_tells_clean_from_polluted_on_held_out_figures(trained):
-    """Random features of a tiny encoder are enough: 0.93 to 1.00 over drawings, encoders and held-out parts."""
+    """A tiny encoder's random features are enough: AUC 0.97 on average over 40 other draws, 0.92 to 1.00."""
     _, record = trained
     auc = record["metrics"]["roc_auc"]
     assert auc["value"] > 0.9 and auc["interval"][0] > 0.8
