@@ -31,7 +31,7 @@ $(INSTALLED): setup.cfg constraints.txt
 	@echo '==> $(VENV): installing this package, editable, with the versions of constraints.txt'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools torch  # deepspeed's build asks for them
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,dicom,eval,deepspeed,quantization,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,data,dicom,eval,app,generate,deepspeed,quantization,dev]'
 	@touch $@
 
 demo: venv

@@ -103,7 +103,7 @@ def run(verb: str, argv: list[str]) -> int:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        extras = "biod2c[train,data,eval,generate]"
+        extras = "biod2c[train,data,eval,app,generate]"
         return f"{error.name} is not installed; pip install '{extras}' brings what every verb needs"
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -35,13 +35,14 @@ FEATURES = Features(
         "license": Value("string"),
         "group": Value("string"),
         "filter_score": Value("float32"),
+        "filter_keep": Value("bool"),
         "generator": {"model": Value("string"), "prompt_sha256": Value("string"), "created": Value("string")},
     }
 )
 
 _MAY_BE_NULL = {
     *("answer_type", "question_type", "organ", "modality", "language"),
-    *("history", "queue", "caption", "filter_score", "generator"),
+    *("history", "queue", "caption", "filter_score", "filter_keep", "generator"),
 }
 
 

@@ -19,7 +19,7 @@ import biod2c
 from biod2c import cli
 
 ROOT = Path(__file__).parents[1]
-INSTALLED_EXTRAS = ("train", "data", "dicom", "eval", "deepspeed", "quantization", "dev")  # what `make venv` installs
+INSTALLED_EXTRAS = ("train", "data", "dicom", "eval", "app", "generate", "deepspeed", "quantization", "dev")
 HEAVY = ("torch", "transformers", "numpy", "PIL", "datasets")
 
 
@@ -125,7 +125,7 @@ def fail_with(error: Exception):
         (
             ModuleNotFoundError("No module named 'peft'", name="peft"),
             "biod2c ask: peft is not installed; "
-            "pip install 'biod2c[train,data,eval,generate]' brings what every verb needs\n",
+            "pip install 'biod2c[train,data,eval,app,generate]' brings what every verb needs\n",
         ),
     ],
 )
@@ -177,7 +177,7 @@ def requirements_of(name: str, extras: tuple[str, ...] = ("",)) -> Iterator[Requ
 
 
 def installed_closure() -> set[str]:
-    """Canonical names of all that biod2c[train,data,dicom,eval,deepspeed,quantization,dev] pulls in on this machine."""
+    """Canonical names of all that biod2c[train,data,dicom,eval,app,generate,deepspeed,quantization,dev] pulls in on this machine."""
     found: set[tuple[str, str]] = set()
     waiting = list(requirements_of("biod2c", ("", *INSTALLED_EXTRAS)))
     while waiting:
