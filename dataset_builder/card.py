@@ -53,8 +53,9 @@ SOURCES = {
     ),
     "pmc_oa": (
         "PMC-OA",
-        "per article",
-        "Lin et al., *PMC-CLIP: Contrastive Language-Image Pre-training using Biomedical Documents*, MICCAI 2023.",
+        "other",
+        "Lin et al., *PMC-CLIP: Contrastive Language-Image Pre-training using Biomedical Documents*, MICCAI 2023. Each "
+        "figure has its article's licence; see the column `license`.",
     ),
     "pmc_vqa": (
         "PMC-VQA",
@@ -91,8 +92,8 @@ dataset = load_dataset("PATH_OF_THIS_FOLDER")
 
 Every row says where it came from (`source`, `source_split`, `license`); `queue` holds up to 30 texts related to its
 image, of the training split only and never its own answer; `group` must stay on one side of a split. Images are the
-bytes of the sources' files (of DICOM, a PNG of the pixels). Captions speak of the viewer's left and right, not the patient's, and say nothing about
-what is not marked in the source. For research; not for diagnosis.
+bytes of the sources' files (of DICOM, a PNG of the pixels). Captions made from boxes speak of the viewer's left and
+right, not the patient's, and say nothing about what is not marked in the source. For research; not for diagnosis.
 
 [statistics.md](statistics.md) says what it holds, [leakage.md](leakage.md) what its splits share.
 

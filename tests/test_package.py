@@ -177,7 +177,7 @@ def requirements_of(name: str, extras: tuple[str, ...] = ("",)) -> Iterator[Requ
 
 
 def installed_closure() -> set[str]:
-    """Canonical names of all that biod2c[train,data,dicom,eval,app,generate,deepspeed,quantization,dev] pulls in on this machine."""
+    """Canonical names of all that biod2c with INSTALLED_EXTRAS pulls in on this machine."""
     found: set[tuple[str, str]] = set()
     waiting = list(requirements_of("biod2c", ("", *INSTALLED_EXTRAS)))
     while waiting:
