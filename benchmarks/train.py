@@ -63,9 +63,10 @@ from biod2c.dataset_builder.recipe import read_recipe
 from biod2c.image_processing_biod2c import BioD2CImageProcessor
 from biod2c.modeling_biod2c import BioD2CForConditionalGeneration
 from biod2c.processing_biod2c import AUTHORS_CHAT_TEMPLATE, BioD2CProcessor
-from biod2c.training.data import AnswerCollator, load_rows
+from biod2c.training.data import AnswerCollator
 from biod2c.training.model import select_parts, train_tokenizer
 from biod2c.training.recipe import load_recipe
+from biod2c.training.rows import load_rows
 from biod2c.training.trainer import BioD2CTrainer
 
 AUTHORS = "authors' code, checkpointing: language model"

@@ -52,7 +52,8 @@ def build(size: str, device: torch.device) -> PeftModel:
             **fusion,
         )
     lora = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.1}
-    return select_parts(model, Recipe(dataset="-", model="-", train=["fusion", "lora"], lora=lora)).to(device).train()
+    recipe = Recipe(dataset="-", model="-", train=["fusion", "lora"], lora=lora)
+    return select_parts(model, recipe, torch.bfloat16).to(device).train()
 
 
 def random_batch(model: PeftModel, rows: int, rows_per_image: int, text_tokens: int) -> dict[str, Tensor]:
