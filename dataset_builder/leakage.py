@@ -65,11 +65,16 @@ def _images(rows: Iterable[Row]) -> dict[str, Row]:
 
 def leaking_images(training: Sequence[Row], held_out: Sequence[Row]) -> dict[str, str]:
     """sha256 of the training images that equal or nearly equal a held-out one, with that one's `image_id`."""
-    own, others = _images(training), _images(held_out)
-    names, targets = list(own), list(others.values())
-    pairs = near_pairs([row["image_phash"] for row in own.values()], [row["image_phash"] for row in targets])
-    near = {names[left]: targets[right]["image_id"] for left, right in pairs}
-    return near | {sha256: others[sha256]["image_id"] for sha256 in own if sha256 in others}
+    others = _images(held_out)
+    return {own: others[other]["image_id"] for own, other in _same_images(_images(training), others)}
+
+
+def _same_images(left: Mapping[str, Row], right: Mapping[str, Row]) -> list[tuple[str, str]]:
+    """Pairs of sha256 of images that are nearly equal, then of those that are equal."""
+    names, others = list(left), list(right)
+    hashes = [[row["image_phash"] for row in images.values()] for images in (left, right)]
+    near = [(names[a], others[b]) for a, b in near_pairs(hashes[0], hashes[1])]
+    return near + [(sha256, sha256) for sha256 in left if sha256 in right]
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,19 @@ def overlaps(configs: Mapping[str, Mapping[str, Sequence[Row]]], mixtures: Colle
 
 
 def _overlap(first: str, rows: Sequence[Row], second: str, other_rows: Sequence[Row]) -> Overlap:
-    leaking, backwards = leaking_images(rows, other_rows), leaking_images(other_rows, rows)
-    exact = {row["image_sha256"] for row in other_rows}.intersection(leaking)
-    ids = {sha256: row["image_id"] for sha256, row in _images(rows).items()}
+    own, others = _images(rows), _images(other_rows)
+    pairs = _same_images(own, others)
+    like = dict(pairs)  # of several that an image is like, the last: its equal, if there is one
+    shared = {other for _, other in pairs}
     asked = {_asked(row) for row in other_rows}
-    near = [(ids[sha256], leaking[sha256]) for sha256 in leaking if sha256 not in exact]
+    near = [(own[sha256]["image_id"], others[other]["image_id"]) for sha256, other in like.items() if sha256 != other]
     return Overlap(
         first,
         second,
-        exact_images=len(exact),
+        exact_images=len(like) - len(near),
         near_images=len(near),
-        first_rows=_count(rows, leaking),
-        second_rows=_count(other_rows, backwards),
+        first_rows=_count(rows, like),
+        second_rows=_count(other_rows, shared),
         questions=sum(_asked(row) in asked for row in rows),
         examples=tuple(sorted(near)[:EXAMPLES]),
     )

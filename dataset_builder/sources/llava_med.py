@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import BadRowError, Report, SourceError
-from ..schema import Row, new_row
+from ..schema import CAPTION, Row, new_row
 from .archives import MemberError, is_inside, read_packed_image
 from .pmc import figure_columns, paper, stem
 from .raw import ImageFolder, Images, require_english, rows_of, text
@@ -55,7 +55,7 @@ def llava_med_row(number: int, record: Mapping[str, Any], *, figures: "Figures",
         question=turns[-2]["content"],
         answer=turns[-1]["content"],
         history=turns[:-2],
-        question_type="caption" if len(turns) == 2 else None,
+        question_type=CAPTION if len(turns) == 2 else None,
         language="en",
         caption=turns[-1]["content"] if len(turns) == 2 else None,
         source="llava_med",

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..captions import INSTRUCTIONS
 from ..report import Report, SourceError
-from ..schema import Row, new_row
+from ..schema import CAPTION, Row, new_row
 from .archives import open_images
 from .pmc import caption_text, figure_columns, paper, stem
 from .raw import Images, optional_text, require_english, rows_of, text
@@ -52,7 +52,7 @@ def pmc_oa_row(number: int, record: Mapping[str, Any], *, images: Images, licens
         id=f"pmc_oa-{stem(name)}",
         question=random.Random(name).choice(INSTRUCTIONS["caption"]),
         answer=caption,
-        question_type="caption",
+        question_type=CAPTION,
         language="en",
         caption=caption,
         source="pmc_oa",

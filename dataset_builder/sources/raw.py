@@ -50,22 +50,26 @@ def rows_of(
     make_row: NumberedRowMaker,
     seen_ids: set[str],
     *,
-    id_field: str,
+    id_field: str | None,
 ) -> Iterator[Row]:
-    """Apply `make_row` to each numbered record of `path`; what it refuses goes into the report, what it returns None
-    for is left out.
+    """Apply `make_row` to each numbered record of `path`; what it refuses goes into the report, as does an error in the
+    place of a record; what it returns None for is left out.
 
     `seen_ids` holds the ids of the source's earlier rows, so that no id comes twice, across files as well; a row whose
-    id does is reported under `id_field`.
+    id does is reported under `id_field`, or as a whole where ids follow from the rows' content (None).
     """
     for number, record in records:
         try:
+            if isinstance(record, BadRowError):
+                raise record
             if not isinstance(record, dict):
                 raise BadRowError("row", record, "an object with named fields", "mend the row in the file")
             row = make_row(number, record)
             if row is None:
                 continue
             if row["id"] in seen_ids:
+                if id_field is None:
+                    raise BadRowError("row", row["id"], "a row that differs from all before it", "take one of them out")
                 found = record.get(id_field)
                 raise BadRowError(id_field, found, "an id that no earlier row has", "give the row its own id")
         except BadRowError as error:

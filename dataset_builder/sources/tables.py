@@ -18,8 +18,8 @@ from typing import Any, TypeAlias
 from ..captions import INSTRUCTIONS
 from ..images import ImageFile
 from ..report import BadRowError, Report, SourceError
-from ..schema import Row
-from .raw import RowMaker, optional_text, text
+from ..schema import CAPTION, Row
+from .raw import RowMaker, optional_text, rows_of, text
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -142,24 +142,9 @@ def make_rows(
     make_row: RowMaker,
     seen_ids: set[str],
 ) -> Iterator[Row]:
-    """Apply `make_row` to each record; what does not read, what it refuses and what comes twice goes into the report.
-
-    `seen_ids` holds the ids of the source's earlier rows, in other tables as well.
-    """
-    for number, record in enumerate(records):
-        try:
-            if isinstance(record, BadRowError):
-                raise record
-            row = make_row(record)
-            if row is None:
-                continue
-            if row["id"] in seen_ids:
-                raise BadRowError("row", row["id"], "a row that differs from all before it", "take one of them out")
-        except BadRowError as error:
-            report.skip(source, path, number, error)
-            continue
-        seen_ids.add(row["id"])
-        yield row
+    """The rows of a table, whose ids follow from their content; see `rows_of`."""
+    numbered = enumerate(records)
+    yield from rows_of(source, path, numbered, report, lambda _, record: make_row(record), seen_ids, id_field=None)
 
 
 def file_name(record: Record, field: str, report: Report) -> str:
@@ -200,7 +185,7 @@ def caption_pair(caption: str, image: ImageFile) -> Row:
     """Question and answer of a row to pretrain on, marked as such by its question type; the image picks the wording."""
     wordings = INSTRUCTIONS["caption"]
     question = wordings[int(image.sha256[:8], 16) % len(wordings)]
-    return {"question": question, "answer": caption, "question_type": "caption"}
+    return {"question": question, "answer": caption, "question_type": CAPTION}
 
 
 def row_id(source: str, row: Row) -> str:

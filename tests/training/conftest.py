@@ -1,6 +1,7 @@
 """A small dataset in the project's schema, with real encoded images, and a recipe that trains on it in seconds."""
 
 import io
+import time
 
 import pytest
 import yaml
@@ -96,3 +97,16 @@ def make_recipe(tmp_path, dataset_folder, make_config):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """Wait for a condition, at most so many seconds."""
+
+    def wait(condition, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "nothing happened"
+            time.sleep(0.02)
+
+    return wait

@@ -123,7 +123,7 @@ def test_a_disk_too_full_is_noticed_before_the_first_step(make_recipe, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random_moments(make_recipe, tmp_path, seed):
+def test_killed_at_random_moments(make_recipe, tmp_path, wait_until, seed):
     """kill -9, again and again: across epochs (3 steps each), inside accumulation, in the middle of saving."""
     fields = {"max_steps": 14, "save_strategy": "steps", "save_steps": 3, "rows_per_image": 2}
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
@@ -147,10 +147,3 @@ def test_killed_at_random_moments(make_recipe, tmp_path, seed):
     assert losses(output) == losses(whole)
     ends = [load_file(run / "model.safetensors") for run in (whole, output)]
     assert all((ends[0][name] == ends[1][name]).all() for name in ends[0])
-
-
-def wait_until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)

@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,13 +66,6 @@ def assert_same_losses(run: Path, other: Path) -> None:
     for entry, expected in zip(steps(run), steps(other), strict=True):
         for name in ("loss", "nll_loss", "semantic_loss", "grad_norm"):
             assert entry[name] == pytest.approx(expected[name], rel=1e-5), name
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 def weights_differ(run: Path, other: Path, file: str) -> list[str]:
@@ -152,7 +143,7 @@ def test_bf16_checkpointing_and_accumulation(make_recipe, tmp_path, zero):
 
 
 @pytest.mark.slow
-def test_killed_under_deepspeed(make_recipe, tmp_path):
+def test_killed_under_deepspeed(make_recipe, tmp_path, wait_until):
     """kill -9 of every process after the first checkpoint; the same command again ends with the same bits."""
     pytest.importorskip("deepspeed")
     recipe = make_recipe(save_strategy="steps", save_steps=2, max_steps=8, train=["fusion", "language_model"])
